@@ -1,0 +1,22 @@
+// Shared by the binding files, one file an op: bindings_<op>.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "kernel_table.h"
+
+namespace llmkern {
+
+namespace py = pybind11;
+
+const KernelTable& table();
+
+// An address as Python gives it: tensor.data_ptr(), 0 for "none".
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_norm(py::module_& m);
+
+}  // namespace llmkern

@@ -1,0 +1,9 @@
+// Every CPU kernel entry: X(name, Args) declares `void name(const Args&)` in each ISA's namespace.
+#pragma once
+
+#include "llmkern/attention.h"
+#include "llmkern/norm.h"
+
+#define LLMKERN_CPU_KERNELS(X) \
+  X(norm_fwd, NormFwdArgs)     \
+  X(norm_bwd, NormBwdArgs)
