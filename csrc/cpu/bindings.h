@@ -18,5 +18,6 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_norm(py::module_& m);
+void bind_probe(py::module_& m);
 
 }  // namespace llmkern

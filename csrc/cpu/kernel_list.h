@@ -3,7 +3,10 @@
 
 #include "llmkern/attention.h"
 #include "llmkern/norm.h"
+#include "llmkern/probe.h"
 
 #define LLMKERN_CPU_KERNELS(X) \
   X(norm_fwd, NormFwdArgs)     \
-  X(norm_bwd, NormBwdArgs)
+  X(norm_bwd, NormBwdArgs)     \
+  X(probe_fma, ProbeFmaArgs)   \
+  X(probe_move, ProbeMoveArgs)
