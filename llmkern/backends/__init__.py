@@ -1,0 +1,1 @@
+"""Kernel backends: one folder each, the same op modules in each (supports, forward, backward)."""

@@ -1,0 +1,82 @@
+"""LayerNorm and RMSNorm in plain torch; formulas: csrc/include/llmkern/norm.h."""
+
+import torch
+from torch import Tensor
+
+from llmkern import numerics, random
+from llmkern.specs import NormSpec
+
+
+def supports(spec: NormSpec) -> str | None:
+    return None
+
+
+def _rows(t: Tensor, spec: NormSpec) -> Tensor:
+    return t.reshape(spec.rows, spec.cols).to(numerics.compute_dtype(spec.dtype))
+
+
+def _scale(weight: Tensor, spec: NormSpec) -> Tensor:
+    w = weight.reshape(-1).to(numerics.compute_dtype(spec.dtype))
+    return w + 1 if spec.unit_offset else w
+
+
+def _keep(spec: NormSpec, seed: Tensor) -> Tensor:
+    return random.flat_keep_mask(seed, (spec.rows, spec.cols), spec.dropout_p)
+
+
+def forward(
+    spec: NormSpec,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z = _rows(x, spec)
+    if spec.dropout_p > 0.0:
+        z = torch.where(_keep(spec, seed), z * random.scale(spec.dropout_p), 0.0)
+    if residual is not None:
+        # The sum is the stream that the next layer reads: rounded before it is normalised.
+        z = (z + _rows(residual, spec)).to(spec.dtype).to(z.dtype)
+    mean = z.mean(1) if not spec.rms else z.new_empty(0)
+    centred = z if spec.rms else z - mean[:, None]
+    rstd = (centred.square().mean(1) + spec.eps).rsqrt()
+    y = centred * rstd[:, None]
+    if weight is not None:
+        y = y * _scale(weight, spec)
+    if bias is not None:
+        y = y + bias.reshape(-1).to(y.dtype)
+    kept = z.to(spec.dtype).reshape(x.shape) if spec.keep_z else x.new_empty(0)
+    return y.to(spec.dtype).reshape(x.shape), kept, mean, rstd
+
+
+def backward(
+    spec: NormSpec,
+    dy: Tensor,
+    dz: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d = _rows(dy, spec)
+    centred = _rows(z, spec) if spec.rms else _rows(z, spec) - mean[:, None]
+    xhat = centred * rstd[:, None]
+    g = d if weight is None else d * _scale(weight, spec)
+    gradient = g - xhat * (g * xhat).mean(1, keepdim=True)
+    if not spec.rms:
+        gradient = gradient - g.mean(1, keepdim=True)
+    gradient = gradient * rstd[:, None]
+    if dz is not None:
+        gradient = gradient + _rows(dz, spec)
+    empty = z.new_empty(0)
+    like = z.new_empty(spec.cols) if weight is None else weight
+    dweight = (d * xhat).sum(0).to(like.dtype).reshape(like.shape) if wants[0] else empty
+    dbias = d.sum(0).to(like.dtype).reshape(like.shape) if wants[1] else empty
+    dresidual = gradient.to(spec.dtype).reshape(z.shape)
+    if spec.dropout_p == 0.0:
+        return dresidual, empty, dweight, dbias
+    dx = torch.where(_keep(spec, seed), gradient * random.scale(spec.dropout_p), 0.0)
+    return dx.to(spec.dtype).reshape(z.shape), dresidual, dweight, dbias

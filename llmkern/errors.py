@@ -1,0 +1,29 @@
+"""The errors llmkern raises. Each is also what torch raises in the same place, so existing handlers work."""
+
+
+class LlmkernError(Exception):
+    """Base of every error raised by llmkern."""
+
+
+class ShapeError(LlmkernError, ValueError, RuntimeError):
+    """A size, rank, stride or broadcast rule is broken."""
+
+
+class DtypeError(LlmkernError, TypeError, RuntimeError):
+    """A dtype is wrong, or two dtypes do not go together."""
+
+
+class DeviceError(LlmkernError, ValueError, RuntimeError):
+    """Tensors are on different devices, or on one that nothing here serves."""
+
+
+class ArgumentError(LlmkernError, ValueError, RuntimeError):
+    """A number or option is outside what the op defines."""
+
+
+class BackendError(LlmkernError, ValueError, RuntimeError):
+    """A backend that was asked for is unknown, missing, or cannot serve the call."""
+
+
+class FallbackWarning(UserWarning):
+    """A call was served by a slower backend (fallback policy "warn")."""
