@@ -1,10 +1,12 @@
 """Builds the compiled parts without torch: plain C++ with pybind11, objects in parallel by ninja.
 
-Kernel sources are compiled once per instruction set, each into a namespace of its own; the extension
-picks one at run time. OpenMP is compiled in but not linked: at load, llmkern.backends.cpu._ext hands the
-extension the OpenMP runtime that torch has mapped already, whatever its file is called there.
+Kernel sources are compiled once per instruction set, each into a namespace of its own; the
+extension picks one at run time. OpenMP is compiled in but not linked: at load,
+llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has mapped already,
+whatever its file is called there.
 
-Environment: LLMKERN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; CXX, CXXFLAGS.
+Environment: LLMKERN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; CXX,
+CXXFLAGS.
 """
 
 import os
@@ -23,8 +25,9 @@ CPU = Path("csrc/cpu")
 KERNEL_SOURCES = ["norm", "probe"]
 X86_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512",
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq",
 }
+X86_FLAGS["avx512"] += " -mprefer-vector-width=512"
 X86_FLAGS["avx512_bf16"] = X86_FLAGS["avx512"] + " -mavx512bf16 -mavx512vnni"
 
 
@@ -35,7 +38,16 @@ def is_x86() -> bool:
 def common_flags() -> list[str]:
     import pybind11
 
-    flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-g0", "-Wall", "-Wextra"]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fopenmp",
+        "-g0",
+        "-Wall",
+        "-Wextra",
+    ]
     # GCC warns about the deliberately undefined sources inside its own AVX-512 headers.
     flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     flags += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -43,7 +55,12 @@ def common_flags() -> list[str]:
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
     if is_x86():
         flags.append("-DLLMKERN_HAVE_X86")
-    includes = [ROOT / "csrc/include", ROOT / CPU, pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [
+        ROOT / "csrc/include",
+        ROOT / CPU,
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+    ]
     return flags + [f"-I{path}" for path in includes] + shlex.split(os.environ.get("CXXFLAGS", ""))
 
 

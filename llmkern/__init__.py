@@ -1,4 +1,4 @@
-"""llmkern: fused attention, norm and GEMM kernels for PyTorch Transformers, as drop-in torch.nn modules."""
+"""Fused attention, norm and GEMM kernels for PyTorch Transformers, as drop-in torch.nn modules."""
 
 from llmkern import functional
 from llmkern.dispatch import fallback_policy, fallbacks, use_backend

@@ -1,4 +1,4 @@
-"""Argument checks, raised before anything is allocated or written: op, tensor, rule, what it got."""
+"""Argument checks, before anything is allocated or written: op, tensor, rule, what it got."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,9 @@ def floating(op: str, name: str, value: Tensor) -> None:
         raise errors.ShapeError(f"{op}: {name} must be a strided tensor, got {value.layout}")
 
 
-def same_device(op: str, name: str, value: Tensor, input: Tensor, input_name: str = "input") -> None:
+def same_device(
+    op: str, name: str, value: Tensor, input: Tensor, input_name: str = "input"
+) -> None:
     if value.device != input.device:
         raise errors.DeviceError(
             f"{op}: {name} must be on {input.device} as {input_name}, got {value.device}"

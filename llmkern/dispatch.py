@@ -1,10 +1,10 @@
 """Which backend serves a call.
 
-A call is described by its op's name and spec. Backends are asked in the order of BACKENDS; the first whose
-`supports(spec)` returns None serves. `use_backend` or an op's `backend=` argument name one: if that one
-cannot serve, BackendError is raised, whatever the policy. The fallback policy is about calls for which
-nobody named a backend and the device's fused backend says no: "error", "warn" or "silent" (the default
-is "warn"); each fallback is counted in `fallbacks()`.
+A call is described by its op's name and spec. Backends are asked in the order of BACKENDS; the
+first whose `supports(spec)` returns None serves. `use_backend` or an op's `backend=` argument name
+one: if that one cannot serve, BackendError is raised, whatever the policy. The fallback policy is
+about calls for which nobody named a backend and the device's fused backend says no: "error", "warn"
+or "silent" (the default is "warn"); each fallback is counted in `fallbacks()`.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def check_name(name: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every llmkern call inside runs on backend `name` ("cpu", "triton", "cuda", "reference") or raises."""
+    """Every llmkern call inside runs on backend `name`, one of NAMES, or raises."""
     token = _preferred.set(check_name(name))
     try:
         yield
@@ -116,7 +116,7 @@ def resolve(op: str, spec: tuple, backend: str | None = None) -> ModuleType:
     module = module_of(decision.backend, op)
     if decision.rejected:
         _report_fallback(op, decision)
-    elif len(_choices) < 4096:  # specs hold sizes: a stream of new lengths must not grow it for ever
+    elif len(_choices) < 4096:  # specs hold sizes: a stream of new ones must not grow it for ever
         _choices[key] = module
     else:
         _choices.clear()

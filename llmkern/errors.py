@@ -1,4 +1,4 @@
-"""The errors llmkern raises. Each is also what torch raises in the same place, so existing handlers work."""
+"""The errors llmkern raises. Each is also of the type that torch raises in the same place."""
 
 
 class LlmkernError(Exception):

@@ -1,15 +1,16 @@
 """The dropout contract: which element uses which Philox counter, equal on every backend.
 
-Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the seed,
-(low 32 bits, high 32 bits). One counter gives 128 random bits = 8 decisions of 16 bits; decision d of a
-counter is bits [16 * (d % 2), +16) of word d // 2.
+Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the
+seed (low 32 bits, high 32 bits). One counter gives 128 random bits = 8 decisions of 16 bits;
+decision d of a counter is bits [16 * (d % 2), +16) of word d // 2.
 
-    flat stream       element e of the contiguous tensor: counter (e // 8 low, e // 8 high, 0, "flat"),
-                      decision e % 8. Used by dropout, norms with dropout and linear epilogues.
-    attention stream  element (b * H + h, i, j): counter (j // 8, i, b * H + h, "atte"), decision j % 8.
+    flat stream       element e of the contiguous tensor: decision e % 8 of the counter
+                      (e // 8 low, e // 8 high, 0, "flat"). Used by dropout, norms with dropout and
+                      linear epilogues.
+    attention stream  element (b * H + h, i, j): decision j % 8 of (j // 8, i, b * H + h, "atte").
 
-An element is kept iff its decision >= threshold, threshold = round(p * 65536), and is then scaled by
-65536 / (65536 - threshold): p is met to within 2^-17. p = 1 drops everything.
+An element is kept iff its decision >= threshold, threshold = round(p * 65536), and is then scaled
+by 65536 / (65536 - threshold): p is met to within 2^-17. p = 1 drops everything.
 """
 
 import torch

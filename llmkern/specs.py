@@ -1,4 +1,4 @@
-"""What a call is, reduced to what choosing and running a kernel needs. Hashable: dispatch caches on them."""
+"""What a call is, reduced to what choosing and running a kernel needs; hashable."""
 
 from typing import NamedTuple
 

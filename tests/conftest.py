@@ -1,4 +1,5 @@
-"""Shared fixtures: every op test runs on every backend that is here, with torch.empty filled with NaN."""
+"""Shared fixtures: every op test runs on every backend that is here, with torch.empty filled with
+NaN."""
 
 import pytest
 import torch

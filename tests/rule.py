@@ -20,7 +20,9 @@ def check_rule(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of a fixed random projection of the outputs (the same for every dtype)."""
     generator = torch.Generator().manual_seed(1)
-    loss = sum((y.double() * torch.randn(y.shape, generator=generator).double()).sum() for y in outputs)
+    loss = sum(
+        (y.double() * torch.randn(y.shape, generator=generator).double()).sum() for y in outputs
+    )
     return list(torch.autograd.grad(loss, inputs))
 
 

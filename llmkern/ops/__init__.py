@@ -1,1 +1,1 @@
-"""The ops: checks -> spec -> torch.library op or eager autograd -> dispatch. One file an op family."""
+"""The ops: checks -> spec -> torch.library op or eager autograd -> dispatch; one file a family."""

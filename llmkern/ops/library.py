@@ -1,8 +1,9 @@
 """The torch.library namespace `torch.ops.llmkern` and the choice between its two ways in.
 
-Under torch.compile, fake tensors, dispatch modes, torch.func and tensor subclasses a call goes through the
-dispatcher (torch.ops.llmkern.*), which those systems understand. In plain eager mode that costs about 10 us
-with gradients, so there the same functions run under torch.autograd.Function directly (4 us).
+Under torch.compile, fake tensors, dispatch modes, torch.func and tensor subclasses a call goes
+through the dispatcher (torch.ops.llmkern.*), which those systems understand. In plain eager mode
+that costs about 10 us with gradients, so there the same functions run under torch.autograd.Function
+directly (4 us).
 """
 
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""C++ kernels for CPUs (csrc/cpu), compiled for several instruction sets and chosen at first use."""
+"""C++ kernels for CPUs (csrc/cpu), compiled for several instruction sets, chosen at load."""

@@ -1,8 +1,8 @@
 """Loads llmkern._C_cpu, or says why not.
 
-The extension leaves its OpenMP symbols undefined. They are resolved from the OpenMP runtime that torch
-has mapped (libgomp under any file name, or libiomp5, which has the same entry points), so there is one
-thread pool and torch.set_num_threads rules.
+The extension leaves its OpenMP symbols undefined. They are resolved from the OpenMP runtime that
+torch has mapped (libgomp under any file name, or libiomp5, which has the same entry points), so
+there is one thread pool and torch.set_num_threads rules.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ def load() -> Loaded:
     """Load once. A broken or missing extension is a reason; a bad LLMKERN_CPU_ISA is an error.
 
     Raises:
-        BackendError: LLMKERN_CPU_ISA names no instruction set that this build has and this CPU runs.
+        BackendError: LLMKERN_CPU_ISA names nothing that this build has and this CPU runs.
     """
     try:
         _share_openmp()
@@ -71,7 +71,7 @@ def unavailable(device: str) -> str | None:
 
 
 def rows_of(t: torch.Tensor, rows: int, cols: int) -> tuple[torch.Tensor, int]:
-    """`t` as [rows, cols] with column stride 1, and its row stride; copies only where no view can."""
+    """`t` as [rows, cols] with column stride 1, and its row stride; a copy only if no view can."""
     if t.is_contiguous():
         return t, cols
     flat = t.reshape(rows, cols)
