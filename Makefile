@@ -1,0 +1,59 @@
+# make bench   set up and run the benchmark harness against the reference PyTorch Transformer
+# make test    set up and run the tests
+# Both work on a fresh machine with Python >= 3.10 and a C++ compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+REPORTS ?= reports
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+INSTALLED := $(VENV)/.requirements
+BUILT := $(VENV)/.built
+
+.PHONY: setup test test-full bench bench-full sanitize lint format clean
+
+setup: $(BUILT)
+
+$(INSTALLED): requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-full: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup
+	$(BIN)/python -m llmkern bench --json $(REPORTS)/bench.json --html $(REPORTS)/bench.html $(BENCH_ARGS)
+
+bench-full: setup
+	$(BIN)/python -m llmkern bench --full --json $(REPORTS)/bench-full.json \
+		--html $(REPORTS)/bench-full.html $(BENCH_ARGS)
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over the kernel tests, in a build of its own.
+sanitize: setup
+	$(BIN)/python tools/sanitize.py $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@if command -v clang-format >/dev/null; then \
+		git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format --dry-run -Werror; \
+	else echo "clang-format is not here: C++ formatting was not checked"; fi
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format -i
+
+clean:
+	rm -rf build dist $(VENV) $(REPORTS) *.egg-info llmkern/*.so

@@ -1,0 +1,129 @@
+"""The compiled extension: free of torch, one OpenMP runtime, an instruction set by choice."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkern.backends.cpu import _ext
+
+
+@pytest.fixture(scope="module")
+def extension() -> Path:
+    loaded = _ext.load()
+    assert loaded.module is not None, loaded.reason
+    return Path(loaded.module.__file__)
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _dynamic(extension: Path, *options: str) -> str:
+    found = subprocess.run(["readelf", *options, extension], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_extension_needs_no_torch_and_no_openmp_library(extension):
+    needed = re.findall(r"NEEDED.*\[(.*)\]", _dynamic(extension, "--dynamic", "--wide"))
+    assert needed
+    assert not [n for n in needed if re.search(r"torch|c10|gomp|omp|mkl", n)], needed
+
+
+def test_extension_has_no_undefined_torch_symbol(extension):
+    symbols = _dynamic(extension, "--dyn-syms", "--wide")
+    undefined = [line.split()[-1] for line in symbols.splitlines() if " UND " in line]
+    assert any(name.startswith("GOMP_parallel") for name in undefined), "OpenMP is compiled in"
+    assert not [n for n in undefined if re.search(r"torch|c10|_ZN2at|caffe", n)]
+
+
+def test_extension_exports_only_its_init_function(extension):
+    symbols = _dynamic(extension, "--dyn-syms", "--wide")
+    defined = [
+        line.split()[-1]
+        for line in symbols.splitlines()
+        if re.search(r"(GLOBAL|WEAK)\s+DEFAULT\s+\d+", line)
+    ]
+    ours = [name for name in defined if "llmkern" in name]
+    assert not ours, ours
+
+
+def test_one_openmp_runtime_is_mapped():
+    code = """
+import llmkern, torch
+llmkern.functional.layer_norm(torch.ones(64, 1024), (1024,))
+torch.nn.functional.layer_norm(torch.ones(4096, 1024), (1024,))
+names = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+print(sorted(n for n in names if "gomp" in n or "iomp" in n or "libomp" in n))
+"""
+    run = _python(code)
+    assert run.returncode == 0, run.stderr
+    assert len(eval(run.stdout)) == 1, run.stdout
+
+
+def test_threads_follow_torch(extension):
+    x = torch.randn(512, 1024)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            import llmkern
+
+            results.append(llmkern.functional.layer_norm(x, (1024,), backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_isa_variable_forces_a_lower_instruction_set():
+    code = """
+import torch, llmkern
+from llmkern.backends.cpu import _ext
+llmkern.functional.layer_norm(torch.ones(2, 8), (8,), backend="cpu")
+print(_ext.load().module.isa())
+"""
+    run = _python(code, LLMKERN_CPU_ISA="scalar")
+    assert run.stdout.strip() == "scalar", run.stderr
+
+
+@pytest.mark.parametrize("value", ["avx1024", "", "AVX2"])
+def test_unknown_isa_is_an_error(value):
+    code = "import torch, llmkern; llmkern.functional.layer_norm(torch.ones(2, 8), (8,))"
+    run = _python(code, LLMKERN_CPU_ISA=value)
+    assert run.returncode != 0
+    assert "LLMKERN_CPU_ISA must be one of" in run.stderr
+
+
+def test_import_builds_loads_and_reads_nothing():
+    code = """
+import os, sys
+os.environ["LLMKERN_CPU_ISA"] = "nonsense"
+import llmkern, llmkern.nn
+assert "llmkern._C_cpu" not in sys.modules
+"""
+    run = _python(code)
+    assert run.returncode == 0, run.stderr
+
+
+def test_missing_extension_is_reported_not_hidden(monkeypatch):
+    _ext.load.cache_clear()
+    monkeypatch.setitem(sys.modules, "llmkern._C_cpu", None)
+    try:
+        loaded = _ext.load()
+        assert loaded.module is None
+        assert "llmkern._C_cpu does not load" in loaded.reason
+        assert _ext.unavailable("cpu") == loaded.reason
+    finally:
+        _ext.load.cache_clear()

@@ -1,0 +1,60 @@
+"""Builds the CPU extension with ASan + UBSan into build/sanitize and runs the kernel tests on it.
+
+The sanitizer's runtime is preloaded (Python itself is not instrumented). Leak checking is off:
+Python and torch keep memory to the end of the process by design. Extra arguments go to pytest.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / "build" / "sanitize"
+KERNEL_TESTS = [
+    "test_norm.py",
+    "test_dropout.py",
+    "test_activation.py",
+    "test_linear.py",
+    "test_attention.py",
+    "test_attention_cpu_kernel.py",
+    "test_attention_cpu_backward.py",
+]
+
+
+def library(name: str) -> str:
+    compiler = os.environ.get("CXX", "c++")
+    found = subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(found):
+        sys.exit(f"{compiler} has no {name}: install its sanitizer runtime")
+    return found
+
+
+def main() -> int:
+    preload = [library("libasan.so"), library("libubsan.so"), library("libstdc++.so")]
+    TREE.mkdir(parents=True, exist_ok=True)
+    for name in ("llmkern", "tests", "csrc"):
+        shutil.copytree(ROOT / name, TREE / name, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("*.so", "__pycache__"))  # fmt: skip
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, TREE / name)
+    environment = {**os.environ, "LLMKERN_SANITIZE": "1"}
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=TREE, env=environment, check=True)
+    environment |= {
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(TREE),
+    }
+    tests = [f"tests/{name}" for name in KERNEL_TESTS if (TREE / "tests" / name).exists()]
+    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-k", "not compile", *tests]
+    run = subprocess.run([sys.executable, *arguments, *sys.argv[1:]], cwd=TREE, env=environment)
+    return run.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
