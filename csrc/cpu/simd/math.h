@@ -29,6 +29,41 @@ static inline VecF exp(VecF x) {
   return VecF::select(VecF::lt(x, lowest), VecF::zero(), capped);
 }
 
+// e^x for x <= 0: a softmax after its maximum is subtracted, so this is the attention kernels'
+// inner function. Adding 1.5 * 2^23 + 127 rounds x / ln 2 to an integer n and leaves n + 127 in the
+// low bits, ready to be shifted into the exponent; x is clamped where that exponent is 0, so
+// anything below -87.68, -inf included, gives exactly 0. Degree 6 minimax, 1 and r exact: 4e-9
+// before rounding. One constant for ln 2 is enough: its error grows with |x|, the value shrinks
+// faster.
+static inline VecF exp_nonpositive(VecF x) {
+  const VecF magic = VecF::set1(12582912.0f + 127.0f);
+  x = VecF::max(VecF::set1(-88.0f), x);
+  const VecF t = VecF::fma(x, VecF::set1(1.44269504f), magic);
+  const VecF r = VecF::fnma(t - magic, VecF::set1(0.693147181f), x);
+  VecF p = VecF::fma(VecF::set1(1.3814583654e-3f), r, VecF::set1(8.3687240259e-3f));
+  p = VecF::fma(p, r, VecF::set1(4.1668388993e-2f));
+  p = VecF::fma(p, r, VecF::set1(1.6666522132e-1f));
+  p = VecF::fma(p, r, VecF::set1(4.9999994040e-1f));
+  p = VecF::fma(p, r, VecF::set1(1.0f));
+  p = VecF::fma(p, r, VecF::set1(1.0f));
+  return p * VecF::from_bits(t.to_bits().shl<23>());
+}
+
+// Below 0.625 an odd polynomial, so that small x keeps its relative accuracy; above, 1 - 2 / (e^2x
+// + 1).
+static inline VecF tanh(VecF x) {
+  const VecF one = VecF::set1(1.0f), a = VecF::abs(x), z = x * x;
+  VecF p = VecF::set1(-5.70498872745e-3f);
+  p = VecF::fma(p, z, VecF::set1(2.06390887954e-2f));
+  p = VecF::fma(p, z, VecF::set1(-5.37397155531e-2f));
+  p = VecF::fma(p, z, VecF::set1(1.33314422036e-1f));
+  p = VecF::fma(p, z, VecF::set1(-3.33332819422e-1f));
+  p = VecF::fma(p * z, x, x);
+  const VecF big = one - VecF::set1(2.0f) / (exp(a + a) + one);
+  const VecF signed_big = VecF::select(VecF::lt(x, VecF::zero()), VecF::neg(big), big);
+  return VecF::select(VecF::lt(a, VecF::set1(0.625f)), p, signed_big);
+}
+
 template <class F>
 static inline VecD lanewise(VecD x, F f) {
   double t[VecD::kLanes];
@@ -39,6 +74,12 @@ static inline VecD lanewise(VecD x, F f) {
 
 static inline VecD exp(VecD x) {
   return lanewise(x, [](double t) { return std::exp(t); });
+}
+
+static inline VecD exp_nonpositive(VecD x) { return exp(x); }
+
+static inline VecD tanh(VecD x) {
+  return lanewise(x, [](double t) { return std::tanh(t); });
 }
 
 }  // namespace LLMKERN_ISA
