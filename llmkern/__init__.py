@@ -1,7 +1,31 @@
 """Fused attention, norm and GEMM kernels for PyTorch Transformers, as drop-in torch.nn modules."""
 
-from llmkern import functional
+import types
+
+from llmkern import backends, dispatch, functional
+from llmkern.allocator import tune_allocator, untune_allocator
 from llmkern.dispatch import fallback_policy, fallbacks, use_backend
+from llmkern.explain import explain
 from llmkern.version import __version__
 
-__all__ = ["__version__", "fallback_policy", "fallbacks", "functional", "use_backend"]
+__all__ = [
+    "__version__",
+    "backends",
+    "explain",
+    "fallback_policy",
+    "fallbacks",
+    "functional",
+    "tune_allocator",
+    "untune_allocator",
+    "use_backend",
+]
+
+
+class _CallablePackage(types.ModuleType):
+    """`llmkern.backends` is the package of backends and, called, their status (one name for both)."""
+
+    def __call__(self) -> list[dispatch.BackendStatus]:
+        return dispatch.backends()
+
+
+backends.__class__ = _CallablePackage

@@ -24,6 +24,7 @@ POLICIES = ("error", "warn", "silent")
 
 _preferred: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred", default=None)
 _policy: contextvars.ContextVar[str] = contextvars.ContextVar("policy", default="warn")
+_records: contextvars.ContextVar[list | None] = contextvars.ContextVar("records", default=None)
 _fallbacks: Counter[str] = Counter()
 _choices: dict[tuple, ModuleType] = {}
 
@@ -68,6 +69,17 @@ def fallbacks() -> dict[str, int]:
     return dict(_fallbacks)
 
 
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[str, tuple, Decision]]]:
+    """Collects (op, spec, decision) of every call resolved inside."""
+    records: list[tuple[str, tuple, Decision]] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
 def module_of(backend: str, op: str) -> ModuleType | None:
     """The module of `op` in `backend`, or None where the backend has no such op."""
     name = f"llmkern.backends.{backend}.{op}"
@@ -109,10 +121,14 @@ def decide(op: str, spec: tuple, backend: str | None = None) -> Decision:
 def resolve(op: str, spec: tuple, backend: str | None = None) -> ModuleType:
     """The backend module that serves the call; counts and reports a fallback."""
     key = (op, spec, backend, _preferred.get())
-    module = _choices.get(key)
-    if module is not None:
-        return module
+    records = _records.get()
+    if records is None:
+        module = _choices.get(key)
+        if module is not None:
+            return module
     decision = decide(op, spec, backend)
+    if records is not None:
+        records.append((op, spec, decision))
     module = module_of(decision.backend, op)
     if decision.rejected:
         _report_fallback(op, decision)
@@ -121,6 +137,30 @@ def resolve(op: str, spec: tuple, backend: str | None = None) -> ModuleType:
     else:
         _choices.clear()
     return module
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can be used in this process, and if not, why."""
+
+    name: str
+    available: bool
+    detail: str  # what it is running on, or what is missing
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend, with the reason for each one that is missing."""
+    return [status(name) for name in NAMES]
+
+
+def status(name: str) -> BackendStatus:
+    """Whether one backend can be used here, and what it runs on or lacks."""
+    try:
+        package = importlib.import_module(f"llmkern.backends.{name}")
+    except ModuleNotFoundError as missing:
+        if missing.name != f"llmkern.backends.{name}":
+            return BackendStatus(name, False, f"{missing.name} is not installed")
+        return BackendStatus(name, False, "not part of this version of llmkern")
+    return BackendStatus(name, *package.status())
 
 
 def _report_fallback(op: str, decision: Decision) -> None:

@@ -1,0 +1,130 @@
+"""Choice of backend: by name, by support, by policy; and what is told about it."""
+
+import pytest
+import torch
+
+import llmkern
+from llmkern import dispatch
+from llmkern.backends.cpu import norm as cpu_norm
+from llmkern.errors import BackendError, FallbackWarning
+from llmkern.functional import layer_norm
+
+
+@pytest.fixture
+def unsupported(monkeypatch):
+    """The cpu backend refuses every norm."""
+    monkeypatch.setattr(cpu_norm, "supports", lambda spec: "it is a test")
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(dispatch, "_fallbacks", type(dispatch._fallbacks)())
+
+
+def _call(**options):
+    return layer_norm(torch.ones(3, 8), (8,), **options)
+
+
+def _backends_of_call(**options):
+    with dispatch.recording() as records:
+        _call(**options)
+    return [decision.backend for _, _, decision in records]
+
+
+def test_cpu_tensors_go_to_the_cpu_backend():
+    assert _backends_of_call() == ["cpu"]
+
+
+def test_use_backend_and_argument_name_the_backend():
+    with llmkern.use_backend("reference"):
+        assert _backends_of_call() == ["reference"]
+        assert _backends_of_call(backend="cpu") == ["cpu"]
+        with llmkern.use_backend("cpu"):
+            assert _backends_of_call() == ["cpu"]
+        assert _backends_of_call() == ["reference"]
+    assert _backends_of_call() == ["cpu"]
+
+
+def test_use_backend_holds_after_the_choice_was_cached():
+    _call()
+    with llmkern.use_backend("reference"):
+        assert _backends_of_call() == ["reference"]
+
+
+def test_unknown_backend_is_an_error():
+    with pytest.raises(BackendError, match="backend must be one of .* got 'gpu'"):
+        _call(backend="gpu")
+    with pytest.raises(ValueError, match="backend must be one of"), llmkern.use_backend("gpu"):
+        pass
+
+
+def test_missing_backend_named_raises_and_says_why():
+    with pytest.raises(BackendError, match="norm: no backend serves this call on cpu .*triton"):
+        _call(backend="triton")
+
+
+def test_named_backend_that_cannot_serve_raises_under_any_policy(unsupported):
+    with llmkern.fallback_policy("silent"):
+        with pytest.raises(BackendError, match="it is a test"):
+            _call(backend="cpu")
+        with llmkern.use_backend("cpu"), pytest.raises(BackendError, match="it is a test"):
+            _call()
+
+
+def test_fallback_policy_warn_counts_and_tells(unsupported):
+    with llmkern.fallback_policy("warn"), pytest.warns(FallbackWarning, match="it is a test"):
+        _call()
+    assert llmkern.fallbacks() == {"norm: it is a test": 1}
+
+
+def test_fallback_policy_silent_still_counts(unsupported, recwarn):
+    with llmkern.fallback_policy("silent"):
+        _call()
+        _call()
+    assert not [w for w in recwarn if issubclass(w.category, FallbackWarning)]
+    assert llmkern.fallbacks() == {"norm: it is a test": 2}
+
+
+def test_fallback_policy_error_raises(unsupported):
+    with llmkern.fallback_policy("error"), pytest.raises(BackendError, match="it is a test"):
+        _call()
+    assert llmkern.fallbacks() == {}
+
+
+def test_unknown_policy_is_an_error():
+    with pytest.raises(BackendError, match="fallback policy must be one of"):
+        with llmkern.fallback_policy("loud"):
+            pass
+
+
+def test_backends_lists_every_backend_with_a_reason():
+    status = {s.name: s for s in llmkern.backends()}
+    assert set(status) == set(dispatch.NAMES)
+    assert status["cpu"].available and status["reference"].available
+    assert all(s.detail for s in status.values())
+
+
+def test_explain_names_backend_cost_and_rejections(unsupported):
+    x = torch.ones(3, 8)
+    with llmkern.fallback_policy("silent"):
+        explanation = llmkern.explain(layer_norm, x, (8,))
+    (op,) = explanation.ops
+    assert (op.op, op.backend) == ("norm", "reference")
+    assert op.rejected == (("cpu", "it is a test"),)
+    assert op.bytes == 2 * x.numel() * 4
+    assert "passed over cpu: it is a test" in str(explanation)
+
+
+def test_explain_of_a_call_without_our_ops_says_so():
+    assert str(llmkern.explain(torch.ones, 3)) == "no llmkern op ran in this call"
+
+
+def test_choices_do_not_grow_without_bound(monkeypatch):
+    monkeypatch.setattr(dispatch, "_choices", {("k", n): None for n in range(4096)})
+    _call()
+    assert len(dispatch._choices) < 4096
+
+
+def test_allocator_tuning_is_reversible_and_checked():
+    with pytest.raises(ValueError, match="keep_bytes must be in"):
+        llmkern.tune_allocator(1)
+    assert llmkern.tune_allocator(1 << 28).detail
+    assert torch.ones(1 << 20).sum() == 1 << 20
+    assert llmkern.untune_allocator().detail
