@@ -22,7 +22,7 @@ __all__ = [
 
 
 class _CallablePackage(types.ModuleType):
-    """`llmkern.backends` is the package of backends and, called, their status (one name for both)."""
+    """`llmkern.backends` is the package of backends; called, it gives their status."""
 
     def __call__(self) -> list[dispatch.BackendStatus]:
         return dispatch.backends()
