@@ -1,10 +1,18 @@
 """The public functions. Each takes torch's signature first; what is ours is keyword-only."""
 
+from llmkern.ops.attention import (
+    attention_kvpacked,
+    attention_qkvpacked,
+    scaled_dot_product_attention,
+)
 from llmkern.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "attention_kvpacked",
+    "attention_qkvpacked",
     "layer_norm",
     "rms_norm",
+    "scaled_dot_product_attention",
 ]

@@ -19,3 +19,32 @@ class NormSpec(NamedTuple):
     add: bool  # a residual is added first
     dropout_p: float
     keep_z: bool  # the normalised input itself is wanted (prenorm, or saved for backward)
+
+
+UNBOUNDED = 1 << 62  # of AttentionSpec.left and right: no limit
+
+
+class AttentionSpec(NamedTuple):
+    """One attention call. Axes: q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv]; the formula is in
+    csrc/include/llmkern/attention.h."""
+
+    dtype: torch.dtype
+    device: str
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float  # 0: off
+    shift: int  # query i stands at key i + shift
+    left: int  # keys that a query sees before and after that place
+    right: int
+    dropout_p: float
+    bias: bool
+    mask: bool
+    key_mask: bool
+    slopes: bool
+    sinks: bool
