@@ -5,7 +5,7 @@ Bytes: every input read once, every output written once. It bounds a call, it do
 
 from typing import NamedTuple
 
-from llmkern.specs import NormSpec
+from llmkern.specs import UNBOUNDED, AttentionSpec, NormSpec
 
 
 class Cost(NamedTuple):
@@ -27,4 +27,24 @@ def _norm(spec: NormSpec) -> Cost:
     return Cost(flops, elements * spec.dtype.itemsize * (reads + writes))
 
 
-_COSTS = {"norm": _norm}
+def visible_pairs(spec: AttentionSpec) -> int:
+    """(query, key) pairs inside the band of one head, without element masks."""
+    if spec.left >= UNBOUNDED and spec.right >= UNBOUNDED:
+        return spec.q_len * spec.kv_len
+    pairs = 0
+    for i in range(spec.q_len):
+        place = i + spec.shift
+        first, last = max(0, place - spec.left), min(spec.kv_len - 1, place + spec.right)
+        pairs += max(0, last - first + 1)
+    return pairs
+
+
+def _attention(spec: AttentionSpec) -> Cost:
+    pairs = spec.batch * spec.heads * visible_pairs(spec)
+    queries = spec.batch * spec.heads * spec.q_len * (spec.head_dim + spec.value_dim)
+    keys = spec.batch * spec.kv_heads * spec.kv_len * (spec.head_dim + spec.value_dim)
+    flops = 2 * pairs * (spec.head_dim + spec.value_dim)
+    return Cost(flops, (queries + keys) * spec.dtype.itemsize)
+
+
+_COSTS = {"norm": _norm, "attention": _attention}
