@@ -347,6 +347,12 @@ static inline void apply_rules(const ScoreRules<C>& rules, const PanelBlock& p, 
   }
 }
 
+// Factor of a kept probability, in full precision (s.drop_scale is a float); 0 if none is kept.
+template <class C>
+static inline C kept_scale(const AttentionShape& s) {
+  return s.drop_threshold < 65536 ? C(65536) / static_cast<C>(65536 - s.drop_threshold) : C(0);
+}
+
 // keep[r], bit l: whether dropout keeps (i0 + l, j0 + r). j0 must be a multiple of 8.
 template <class C>
 static void keep_bits(const AttentionShape& s, uint32_t bh, const PanelBlock& p, uint32_t* keep) {

@@ -44,6 +44,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("select_isa", &select_isa, "Use the kernels of one of isa_names().");
   m.def("isa", [] { return table().isa; });
   select_isa(isa_names()[0].cast<std::string>());
+  bind_attention(m);
   bind_norm(m);
   bind_probe(m);
 }

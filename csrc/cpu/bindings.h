@@ -17,6 +17,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_attention(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_probe(py::module_& m);
 

@@ -5,8 +5,9 @@
 #include "llmkern/norm.h"
 #include "llmkern/probe.h"
 
-#define LLMKERN_CPU_KERNELS(X) \
-  X(norm_fwd, NormFwdArgs)     \
-  X(norm_bwd, NormBwdArgs)     \
-  X(probe_fma, ProbeFmaArgs)   \
+#define LLMKERN_CPU_KERNELS(X)       \
+  X(attention_fwd, AttentionFwdArgs) \
+  X(norm_fwd, NormFwdArgs)           \
+  X(norm_bwd, NormBwdArgs)           \
+  X(probe_fma, ProbeFmaArgs)         \
   X(probe_move, ProbeMoveArgs)
