@@ -1,0 +1,148 @@
+"""Runs cases: gate, then interleaved timing, then memory, then the roofline; one Row for each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from llmkern.backends.cpu import _ext
+from llmkern.bench import gate, memory, roofline, timers
+from llmkern.bench.peak import Peaks
+from llmkern.bench.registry import (
+    DTYPE_NAMES,
+    OURS,
+    Case,
+    Step,
+    Tensors,
+    Variant,
+    inputs_of,
+    seed_of,
+)
+from llmkern.bench.store import Row, VariantResult
+
+OUT_OF_TIME = "not run: the time limit of this run was reached"
+
+
+@dataclass
+class Options:
+    """`budget` scales every case's time budget; `deadline` is a time.monotonic() after which
+    remaining cases are listed as not run, and `compile_deadline` the same for torch.compile."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    budget: float = 1.0
+    compile: bool = True
+    measure_memory: bool = True
+    deadline: float = float("inf")
+    compile_deadline: float = float("inf")
+
+
+def isa_in_use() -> str:
+    module = _ext.load().module
+    return module.isa() if module is not None else ""
+
+
+def run_cases(
+    cases: Sequence[Case],
+    options: Options,
+    peaks: Peaks,
+    progress: Callable[[Case], None] = lambda case: None,
+) -> list[Row]:
+    rows = []
+    for case in cases:
+        progress(case)
+        rows.append(run_case(case, options, peaks))
+    return rows
+
+
+def run_case(case: Case, options: Options, peaks: Peaks) -> Row:
+    row = Row(
+        id=case.id,
+        suite=case.suite,
+        op=case.op,
+        label=case.label,
+        shape=dict(case.shape),
+        dtype=DTYPE_NAMES[case.dtype],
+        direction=case.direction,
+        threads=torch.get_num_threads(),
+        device=str(options.device),
+        backend="",
+        isa="",
+        status="ok",
+        flops=case.cost.flops,
+        nbytes=case.cost.nbytes,
+        tags=sorted(case.tags),
+    )
+    if time.monotonic() > options.deadline:
+        row.status, row.reason = "skipped", OUT_OF_TIME
+        return row
+    tensors = inputs_of(case, options.device)
+    try:
+        verdict = gate.check(case, tensors)
+    except gate.CASE_ERRORS as error:
+        row.status, row.reason = "error", f"{type(error).__name__}: {error}"
+        return row
+    row.backend = "+".join(verdict.backends)
+    row.isa = isa_in_use() if "cpu" in verdict.backends else ""
+    row.error_ours, row.error_torch = verdict.error_ours, verdict.error_torch
+    row.error_ratio = verdict.error_ratio
+    if not verdict.passed:
+        row.status, row.reason = "failed", verdict.reason
+        # An infinite error has no place in JSON; the reason says it in words.
+        row.error_ours = row.error_ours if row.error_ours != float("inf") else None
+        return row
+    _measure(case, tensors, options, row)
+    _hold_against_roofline(case, row, peaks)
+    return row
+
+
+def _measure(case: Case, tensors: Tensors, options: Options, row: Row) -> None:
+    """Fill in row.variants: timings taken in turns, then the peak memory of each."""
+    steps: dict[str, Step] = {}
+    for variant in case.variants:
+        result = VariantResult(variant.name, note=variant.note)
+        row.variants.append(result)
+        step = _prepare(variant, case, tensors, options, result)
+        if step is not None:
+            steps[variant.name] = step
+    timings = timers.interleave(
+        steps,
+        case.budget_s * options.budget * len(steps) / 2,
+        min_rounds=case.min_rounds,
+        sync=timers.synchronizer(options.device),
+    )
+    for result in row.variants:
+        result.timing = timings.get(result.name)
+        if result.name in steps and options.measure_memory and options.device.type == "cpu":
+            result.peak_bytes = memory.peak_of(steps[result.name])
+
+
+def _prepare(
+    variant: Variant, case: Case, tensors: Tensors, options: Options, result: VariantResult
+) -> Step | None:
+    """The variant's call, run once so that one which cannot serve is left out with its reason."""
+    if variant.slow_to_prepare and not options.compile:
+        result.reason = "left out on request"
+        return None
+    if variant.slow_to_prepare and time.monotonic() > options.compile_deadline:
+        result.reason = OUT_OF_TIME
+        return None
+    try:
+        step = variant.prepare(tensors)
+        torch.manual_seed(seed_of(case))
+        step()
+    except gate.CASE_ERRORS as error:
+        result.reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return None
+    return step
+
+
+def _hold_against_roofline(case: Case, row: Row, peaks: Peaks) -> None:
+    median = row.median_us(OURS)
+    if median is None or not (case.cost.flops or case.cost.nbytes):
+        return
+    limit = roofline.bound(case.cost, row.dtype, row.threads, peaks)
+    if limit is not None:
+        row.bound, row.peak_share = limit.kind, limit.time_us / median
