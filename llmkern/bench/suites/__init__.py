@@ -1,0 +1,1 @@
+"""The suites: lists of cases. Adding a case is adding a line."""
