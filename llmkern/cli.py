@@ -1,0 +1,116 @@
+"""The command line: `llmkern` and `python -m llmkern`. Exit code 0: fine, 1: a check or a case
+failed or regressed, 2: the command was not understood."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import llmkern
+from llmkern.bench import command, gate, registry
+from llmkern.bench.suites import kernels
+from llmkern.errors import LlmkernError
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="llmkern",
+        description="Fused attention, norm and GEMM kernels for PyTorch Transformers",
+    )
+    made.add_argument("--version", action="version", version=llmkern.__version__)
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command.add_parser(commands)
+    _add_info(commands)
+    _add_check(commands)
+    _add_explain(commands)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (LlmkernError, ValueError, OSError) as error:
+        print(f"llmkern: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_info(commands: argparse._SubParsersAction) -> None:
+    info = commands.add_parser("info", help="versions, backends and what is missing, with reasons")
+    info.set_defaults(run=info_command)
+
+
+def info_command(arguments: argparse.Namespace) -> int:
+    print(f"llmkern {llmkern.__version__}, torch {torch.__version__}")
+    for status in llmkern.backends():
+        state = "usable" if status.available else "missing"
+        print(f"  {status.name:10} {state:8} {status.detail}")
+    return 0
+
+
+def _add_case_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", type=command.dtype_list, metavar="D[,D]", default=[torch.float32]
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", help="the backend that must serve (default: the best one)")
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    check = commands.add_parser(
+        "check",
+        help="run every op against a float64 oracle on this machine",
+        description="Small, odd-shaped cases of every op, outputs and gradients, by the rule of "
+        "docs/numerics.md. Exit code 1 if one fails.",
+    )
+    _add_case_options(check)
+    check.add_argument("--filter", metavar="WORDS", help="only cases whose id contains every word")
+    check.set_defaults(run=check_command)
+
+
+def check_command(arguments: argparse.Namespace) -> int:
+    failures = 0
+    cases = [case for dtype in arguments.dtype for case in kernels.check(dtype)]
+    for case in registry.select(cases, arguments.filter):
+        tensors = registry.inputs_of(case, torch.device(arguments.device))
+        try:
+            verdict = gate.check(case, tensors, backend=arguments.backend)
+        except gate.CASE_ERRORS as error:
+            failures += 1
+            print(f"ERROR {case.id}: {type(error).__name__}: {error}")
+            continue
+        failures += not verdict.passed
+        state = "ok   " if verdict.passed else "FAIL "
+        ratio = "" if verdict.error_ratio is None else f", {verdict.error_ratio:.2f} x torch's"
+        detail = verdict.reason or f"error {verdict.error_ours:.1e}{ratio}"
+        print(f"{state} {case.id}: {'+'.join(verdict.backends)}: {detail}")
+    print(f"{failures} failed" if failures else "all passed")
+    return 1 if failures else 0
+
+
+def _add_explain(commands: argparse._SubParsersAction) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="say which backend serves a benchmark case, which were passed over, and why",
+        description="In Python, llmkern.explain(function, *args) says the same of any call.",
+    )
+    explain.add_argument("filter", metavar="WORDS", help="e.g. attention/causal, layer_norm")
+    _add_case_options(explain)
+    explain.set_defaults(run=explain_command)
+
+
+def explain_command(arguments: argparse.Namespace) -> int:
+    cases = registry.select(kernels.default(arguments.dtype), arguments.filter)
+    if not cases:
+        print(f"no case matches {arguments.filter!r}", file=sys.stderr)
+        return 2
+    for case in cases:
+        tensors = registry.inputs_of(case, torch.device(arguments.device))
+        ours = next(variant for variant in case.variants if variant.name == registry.OURS)
+        with gate.on_backend(arguments.backend):
+            print(case.id)
+            print(llmkern.explain(ours.prepare(tensors)))
+    return 0
