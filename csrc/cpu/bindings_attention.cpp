@@ -3,6 +3,7 @@
 
 #include <array>
 
+#include "attention_bwd_plan.h"
 #include "attention_fwd_plan.h"
 #include "bindings.h"
 
@@ -76,6 +77,34 @@ void forward(const py::tuple& shape, const py::tuple& inputs, uintptr_t out,
   table().attention_fwd(a);
 }
 
+// Each of tensors and gradients is an address followed by strides: (out, dout) and (dq, dk, dv,
+// dbias).
+void backward(const py::tuple& shape, const py::tuple& inputs, const py::tuple& tensors,
+              uintptr_t lse, uintptr_t dlse, const py::tuple& gradients, uintptr_t dsinks,
+              uintptr_t scratch) {
+  AttentionBwdArgs a{};
+  a.shape = shape_of(shape);
+  a.in = inputs_of(inputs);
+  a.out = pointer(tensors[0].cast<uintptr_t>());
+  copy_strides(tensors[1], a.out_stride);
+  a.dout = pointer(tensors[2].cast<uintptr_t>());
+  copy_strides(tensors[3], a.dout_stride);
+  a.lse = pointer(lse);
+  a.dlse = pointer(dlse);
+  a.dq = pointer(gradients[0].cast<uintptr_t>());
+  copy_strides(gradients[1], a.dq_stride);
+  a.dk = pointer(gradients[2].cast<uintptr_t>());
+  copy_strides(gradients[3], a.dk_stride);
+  a.dv = pointer(gradients[4].cast<uintptr_t>());
+  copy_strides(gradients[5], a.dv_stride);
+  a.dbias = pointer(gradients[6].cast<uintptr_t>());
+  copy_strides(gradients[7], a.dbias_stride);
+  a.dsinks = pointer<float>(dsinks);
+  a.scratch = pointer(scratch);
+  py::gil_scoped_release release;
+  table().attention_bwd(a);
+}
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
@@ -84,6 +113,10 @@ void bind_attention(py::module_& m) {
     return attention_fwd_scratch_bytes(shape_of(shape), omp_get_max_threads());
   });
   m.def("attention_fwd", &forward);
+  m.def("attention_bwd_scratch_bytes", [](const py::tuple& shape) {
+    return attention_bwd_scratch_bytes(shape_of(shape), omp_get_max_threads());
+  });
+  m.def("attention_bwd", &backward);
 }
 
 }  // namespace llmkern

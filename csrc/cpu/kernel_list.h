@@ -6,6 +6,7 @@
 #include "llmkern/probe.h"
 
 #define LLMKERN_CPU_KERNELS(X)       \
+  X(attention_bwd, AttentionBwdArgs) \
   X(attention_fwd, AttentionFwdArgs) \
   X(norm_fwd, NormFwdArgs)           \
   X(norm_bwd, NormBwdArgs)           \
