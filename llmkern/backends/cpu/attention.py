@@ -1,0 +1,160 @@
+"""Attention: csrc/cpu/attention_fwd.cpp, attention_bwd.cpp."""
+
+import torch
+from torch import Tensor
+
+from llmkern import numerics, random
+from llmkern.backends.cpu import _ext
+from llmkern.backends.cpu._ext import DTYPE_CODES, address
+from llmkern.specs import AttentionSpec
+
+
+def supports(spec: AttentionSpec) -> str | None:
+    return _ext.unavailable(spec.device)
+
+
+def _shape(spec: AttentionSpec, seed: Tensor | None) -> tuple:
+    """What bindings_attention.cpp calls shape."""
+    threshold = random.threshold(spec.dropout_p) if spec.dropout_p else 0
+    return (DTYPE_CODES[spec.dtype], spec.batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len,
+            spec.head_dim, spec.value_dim, spec.scale, spec.softcap, spec.shift, spec.left,
+            spec.right, threshold, address(seed))  # fmt: skip
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[B, heads, length, dim] with a last stride of 1: what the kernels read in place."""
+    return t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()
+
+
+def _broadcast(t: Tensor | None, spec: AttentionSpec) -> tuple[int, tuple[int, ...]]:
+    """Address and strides over [B, H, S, T], 0 where `t` has one element."""
+    if t is None:
+        return 0, (0, 0, 0, 0)
+    sizes = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
+    return t.data_ptr(), t.expand(sizes).stride()
+
+
+class _Inputs:
+    """What bindings_attention.cpp calls inputs, and the tensors that it points into."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        key_mask: Tensor | None,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+    ):
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        if key_mask is not None:
+            key_mask = key_mask.expand(spec.batch, spec.kv_len).contiguous()
+        slopes_stride = (0, 0)
+        if slopes is not None:
+            slopes_stride = slopes.expand(spec.batch, spec.heads).stride()
+        if sinks is not None:
+            sinks = sinks.contiguous()
+        self.alive = (q, k, v, key_mask, sinks)
+        self.codes = (
+            *(q.data_ptr(), q.stride()[:3]),
+            *(k.data_ptr(), k.stride()[:3]),
+            *(v.data_ptr(), v.stride()[:3]),
+            *_broadcast(bias, spec),
+            *_broadcast(mask, spec),
+            address(key_mask),
+            *(address(slopes), slopes_stride),
+            address(sinks),
+        )
+
+
+def forward(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    module = _ext.load().module
+    shape = _shape(spec, seed)
+    inputs = _Inputs(spec, q, k, v, bias, mask, key_mask, slopes, sinks)
+    b, h, s = spec.batch, spec.heads, spec.q_len
+    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype).transpose(1, 2)
+    lse = torch.empty(b, h, s, dtype=numerics.compute_dtype(spec.dtype))
+    scratch = torch.empty(module.attention_fwd_scratch_bytes(shape) // 4)
+    module.attention_fwd(
+        shape,
+        inputs.codes,
+        out.data_ptr(),
+        out.stride()[:3],
+        lse.data_ptr(),
+        scratch.data_ptr(),
+    )
+    return out, lse
+
+
+def _gradient(wanted: bool, like: Tensor, into: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """(what the kernel writes or None, what is returned): one tensor if its last stride is 1."""
+    if not wanted:
+        return None, like.new_empty(0)
+    result = torch.empty_like(like) if into is None else into
+    if result.stride(3) == 1 or result.shape[3] <= 1:
+        return result, result
+    return torch.empty(result.shape, dtype=result.dtype), result
+
+
+def backward(
+    spec: AttentionSpec,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wants: list[bool],
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    module = _ext.load().module
+    shape = _shape(spec, seed)
+    inputs = _Inputs(spec, q, k, v, bias, mask, key_mask, slopes, sinks)
+    dout, out, lse = _rows(dout), _rows(out), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    pairs = [_gradient(*of) for of in zip(wants[:3], (q, k, v), (dq, dk, dv), strict=True)]
+    dbias = torch.zeros(bias.shape, dtype=bias.dtype) if wants[3] else None
+    dsinks = torch.empty(spec.heads) if wants[4] else None
+    codes = []
+    for rows, _ in pairs:
+        codes += (0, (0, 0, 0)) if rows is None else (rows.data_ptr(), rows.stride()[:3])
+    scratch = torch.empty(module.attention_bwd_scratch_bytes(shape) // 4)
+    module.attention_bwd(
+        shape,
+        inputs.codes,
+        (out.data_ptr(), out.stride()[:3], dout.data_ptr(), dout.stride()[:3]),
+        lse.data_ptr(),
+        address(dlse),
+        (*codes, *_broadcast(dbias, spec)),
+        address(dsinks),
+        scratch.data_ptr(),
+    )
+    for rows, result in pairs:
+        if rows is not None and rows is not result:
+            result.copy_(rows)
+    empty = q.new_empty(0)
+    return (*(result for _, result in pairs), empty if dbias is None else dbias,
+            empty if dsinks is None else dsinks)  # fmt: skip
