@@ -5,7 +5,7 @@ Bytes: every input read once, every output written once. It bounds a call, it do
 
 from typing import NamedTuple
 
-from llmkern.specs import UNBOUNDED, AttentionSpec, NormSpec
+from llmkern.specs import UNBOUNDED, AttentionSpec, LinearSpec, NormSpec
 
 
 class Cost(NamedTuple):
@@ -47,4 +47,12 @@ def _attention(spec: AttentionSpec) -> Cost:
     return Cost(flops, (queries + keys) * spec.dtype.itemsize)
 
 
-_COSTS = {"norm": _norm, "attention": _attention}
+def _linear(spec: LinearSpec) -> Cost:
+    m, n, k = spec.rows, spec.out_features, spec.in_features
+    parts = 2 if spec.gated else 1
+    written = 1 + (parts if spec.keep_preact else 0)
+    elements = m * k + parts * n * k + (written + spec.residual) * m * n
+    return Cost(parts * 2 * m * n * k, elements * spec.dtype.itemsize)
+
+
+_COSTS = {"linear": _linear, "norm": _norm, "attention": _attention}

@@ -5,6 +5,7 @@ from llmkern.ops.attention import (
     attention_qkvpacked,
     scaled_dot_product_attention,
 )
+from llmkern.ops.linear import linear, linear_gated
 from llmkern.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "attention_kvpacked",
     "attention_qkvpacked",
     "layer_norm",
+    "linear",
+    "linear_gated",
     "rms_norm",
     "scaled_dot_product_attention",
 ]

@@ -48,3 +48,19 @@ class AttentionSpec(NamedTuple):
     key_mask: bool
     slopes: bool
     sinks: bool
+
+
+class LinearSpec(NamedTuple):
+    """One linear call: [rows, in_features] x [out_features, in_features]^T and its epilogue."""
+
+    dtype: torch.dtype
+    device: str
+    rows: int
+    out_features: int
+    in_features: int
+    activation: str | None  # "relu", "gelu", "gelu_tanh", "silu"
+    gated: bool  # act(x Wg^T + bg) * (x Wu^T + bu)
+    bias: bool
+    residual: bool
+    dropout_p: float
+    keep_preact: bool  # backward needs the values that went into the activation
