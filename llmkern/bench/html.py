@@ -16,7 +16,7 @@ from llmkern.bench.store import Row, Run
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #0b0b0b;
-  background: #fcfcfb; margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 1180px; }
+  background: #fcfcfb; margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 1400px; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p, li { max-width: 75ch; } .muted { color: #6b6a65; }
 .tiles { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.25rem 0; }
@@ -26,11 +26,11 @@ p, li { max-width: 75ch; } .muted { color: #6b6a65; }
 figure { margin: 1rem 0; background: #fff; border: 1px solid #e1e0d9; border-radius: 8px;
   padding: .75rem; } figure svg { width: 100%; height: auto; display: block; }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem; } .pair figure { flex: 1 1 460px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: #6b6a65; font-weight: 600; border-bottom: 1px solid #c9c8c0;
   cursor: default; vertical-align: bottom; }
-th, td { padding: .28rem .6rem; white-space: nowrap; } td.wrap { white-space: normal; }
+th, td { padding: .28rem .45rem; white-space: nowrap; } td.wrap { white-space: normal; }
 td { border-bottom: 1px solid #efeee8; } td.n, th.n { text-align: right; }
 .win { color: #0a6b3d; font-weight: 600; } .loss { color: #b3261e; font-weight: 600; }
 .failed td { background: #fdecea; } .status { font-weight: 600; color: #b3261e; }
@@ -68,8 +68,9 @@ included, read from the kernel (VmHWM, reset before the call, free heap pages gi
 def render(run: Run) -> str:
     drawn = figures(run)
     sections = []
-    if "speedup" in drawn:
-        sections.append(_section("Speed against torch eager", _figure(drawn["speedup"])))
+    bars = [svg for name, svg in drawn.items() if name.startswith("speedup-")]
+    if bars:
+        sections.append(_section("Speed against torch eager", "".join(map(_figure, bars))))
     if "length" in drawn:
         body = _figure(drawn["length"]) + _memory_table(run.memory)
         sections.append(_section("Attention against sequence length", body))
@@ -154,8 +155,8 @@ def _colored(value: float | None) -> str:
 
 def _rows_table(rows: list[Row]) -> str:
     head = ["case", "shape", "dtype", "pass", ">thr", ">llmkern", ">±", ">torch eager", ">±",
-            ">rate", ">of peak", "bound", ">peak mem", ">torch mem", ">error / torch's", ">× eager",
-            ">× best", "best torch", "ran on"]  # fmt: skip
+            ">× eager", ">× best torch", "best torch", ">rate", ">of peak", "bound", ">peak mem",
+            ">torch mem", ">error / torch's", "ran on"]  # fmt: skip
     body = []
     for row in rows:
         start = [escape(text.title(row)), escape(text.shape(row)), row.dtype, row.direction]
@@ -170,15 +171,15 @@ def _rows_table(rows: list[Row]) -> str:
             text.spread(row, OURS),
             text.duration(row.median_us(EAGER)),
             text.spread(row, EAGER),
+            _colored(row.speedup),
+            _colored(best[1]) if best else text.NOT_MEASURED,
+            escape(best[0]) if best else "",
             text.rate(row),
             text.share(row.peak_share),
             row.bound,
             text.size(ours and ours.peak_bytes),
             text.size(eager and eager.peak_bytes),
             text.ratio(row.error_ratio),
-            _colored(row.speedup),
-            _colored(best[1]) if best else text.NOT_MEASURED,
-            escape(best[0]) if best else "",
             escape(text.engine(row)),
         ]
         body.append(("", [*start, *cells]))
@@ -265,22 +266,39 @@ def _machine(machine: dict[str, Any]) -> str:
         ("duration", f"{machine.get('seconds', 0):.0f} s"),
         ("allocator", machine.get("allocator", "")),
     ]
+    plain = _table(["", ""], [("", [escape(k), escape(str(v))]) for k, v in facts if v])
     peaks = machine.get("peaks", {})
-    for key, value in peaks.get("flops", {}).items():
-        isa, dtype, threads = key.split()
-        kind = "dot" if dtype == "bf16" else "FMA"
-        shown = f"{value / 1e9:.0f} GFLOP/s" if value else "no such instruction"
-        facts.append((f"peak {dtype} {kind}, {isa}, {threads} thr", shown))
-    for key, value in sorted(peaks.get("bandwidth", {}).items(), key=_bandwidth_order):
-        move, size, threads = key.rsplit(" ", 2)
-        span = f"{int(size) >> 20} MiB" if int(size) >= 2**20 else f"{int(size) >> 10} KiB"
-        facts.append((f"{move} of {span}, {threads} thr", f"{value / 1e9:.0f} GB/s"))
-    return _table(["what", ">measured"], [("", [escape(k), escape(str(v))]) for k, v in facts if v])
+    return plain + _peak_tables(peaks.get("flops", {}), peaks.get("bandwidth", {}))
 
 
-def _bandwidth_order(item: tuple[str, float]) -> tuple[str, int, int]:
-    move, size, threads = item[0].rsplit(" ", 2)
-    return move, int(threads), int(size)
+def _peak_tables(flops: dict[str, float], bandwidth: dict[str, float]) -> str:
+    """Measured peaks: multiply-adds by instruction set, bandwidth by size of the working set."""
+    if not flops or not bandwidth:
+        return ""
+    threads = sorted({int(key.rsplit(" ", 1)[1]) for key in flops})
+    units = dict.fromkeys(key.rsplit(" ", 1)[0] for key in flops)
+    compute = _table(
+        ["peak GFLOP/s", *(f">{count} thr" for count in threads)],
+        [("", [unit.replace("bf16", "bf16 dot"), *(_peak(flops, unit, n) for n in threads)])
+         for unit in units if any(flops.get(f"{unit} {n}") for n in threads)],
+    )  # fmt: skip
+    columns = sorted({(key.rsplit(" ", 2)[0], int(key.rsplit(" ", 1)[1])) for key in bandwidth})
+    sizes = sorted({int(key.rsplit(" ", 2)[1]) for key in bandwidth})
+    moved = _table(
+        ["GB/s at a working set of", *(f">{move}, {n} thr" for move, n in columns)],
+        [("", [_binary(size), *(_peak(bandwidth, f"{move} {size}", n) for move, n in columns)])
+         for size in sizes],
+    )  # fmt: skip
+    return compute + moved
+
+
+def _peak(peaks: dict[str, float], name: str, threads: int) -> str:
+    value = peaks.get(f"{name} {threads}")
+    return text.NOT_MEASURED if value is None else f"{value / 1e9:.0f}"
+
+
+def _binary(nbytes: int) -> str:
+    return f"{nbytes >> 20} MiB" if nbytes >= 2**20 else f"{nbytes >> 10} KiB"
 
 
 def _load(machine: dict[str, Any], when: str) -> str:

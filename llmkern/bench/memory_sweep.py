@@ -15,7 +15,7 @@ from llmkern.bench.registry import EAGER, OURS, Maker, functional
 
 LENGTHS = (1024, 4096, 16384)
 WARM_LENGTH = 128
-HEADS, HEAD_DIM = 2, 64
+HEADS, HEAD_DIM = 1, 64
 DROPOUT = 0.1
 
 

@@ -81,39 +81,42 @@ def speedup_bars(rows: Sequence[Row]) -> Figure | None:
         return None
     timed.sort(key=lambda row: row.speedup or 0.0)
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _figure(9.5, 0.28 * len(timed) + 1.1)
+        figure, (axes,) = _figure(11, 0.27 * len(timed) + 1.0)
         values = [row.speedup or 0.0 for row in timed]
         places = range(len(timed))
         colors = [BLUE if value >= 1 else ORANGE for value in values]
         axes.barh(places, [v - 1 for v in values], left=1, height=0.62, color=colors)
-        low, high = min(0.9, *values), max(1.1, *values)
+        low, high = min([0.9, *values]), max([1.1, *values])
         for place, row in zip(places, timed, strict=True):
             value, best = row.speedup or 0.0, row.best_torch
-            axes.annotate(
-                text.ratio(value),
-                (value, place),
-                (4 if value >= 1 else -4, 0),
-                textcoords="offset points",
-                va="center",
-                ha="left" if value >= 1 else "right",
-                fontsize=8.5,
-            )
+            wins, end = value >= 1, value
             if best is not None and best[0] != EAGER:
                 axes.plot([best[1]], [place], "o", color=INK, markersize=4)
-                low = min(low, best[1])
+                low, end = min(low, best[1]), value if wins else min(value, best[1])
+            axes.annotate(
+                text.ratio(value),
+                (end, place),
+                (5 if wins else -5, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if wins else "right",
+                fontsize=8.5,
+            )
         axes.axvline(1, color=INK, linewidth=1)
-        axes.plot([], [], "o", color=INK, markersize=4, label="against the best torch baseline")
-        axes.legend(loc="lower right", fontsize=9)
+        if any(row.best_torch and row.best_torch[0] != EAGER for row in timed):
+            axes.plot([], [], "o", color=INK, markersize=4, label="against torch's best")
+            axes.legend(loc="lower right", fontsize=9)
         axes.set_xscale("log", base=2)
-        axes.set_xlim(low / 1.3, high * 1.25)
+        axes.set_xlim(low / 1.5, high * 1.35)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
         labels = [
-            f"{text.title(row)}  {text.shape(row)}  {row.dtype} {row.direction}" for row in timed
+            f"{text.title(row)}  {text.compact_shape(row)}  {row.dtype} {row.direction}"
+            for row in timed
         ]
         axes.set_yticks(list(places), labels, fontsize=8.5)
         axes.set_ylim(-0.6, len(timed) - 0.4)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("times as fast as torch eager (log scale)")
+        axes.set_xlabel("times as fast as torch eager (log scale)", fontsize=9)
     return figure
 
 
@@ -127,16 +130,20 @@ def roofline(rows: Sequence[Row], peaks: dict[str, Any]) -> Figure | None:
         return None
     compute, bandwidths = roofs
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _figure(8.5, 5)
+        figure, (axes,) = _figure(11, 5)
         intensity = [row.flops / row.nbytes for row in points]
         low, high = min(0.5, *intensity) / 2, max(*intensity, 64) * 3
         for label, bandwidth, style in bandwidths:
             ridge = compute / bandwidth
             axes.plot([low, ridge, high], [low * bandwidth / 1e9, compute / 1e9, compute / 1e9],
                       style, color=MUTED, linewidth=1.2)  # fmt: skip
-            x = low * 1.15
-            _note(axes, f"{label} {bandwidth / 1e9:.0f} GB/s", x, x * bandwidth / 1e9, "left")
-        _note(axes, f"fp32 FMA {compute / 1e9:.0f} GFLOP/s", high, compute / 1e9, "right")
+            x = low * 1.4
+            note = f"{label} {bandwidth / 1e9:.0f} GB/s"
+            axes.annotate(note, (x, x * bandwidth / 1e9), (8, -9), textcoords="offset points",
+                          fontsize=8.5, color=MUTED)  # fmt: skip
+        note = f"fp32 FMA {compute / 1e9:.0f} GFLOP/s"
+        axes.annotate(note, (high, compute / 1e9), (0, 5), textcoords="offset points", ha="right",
+                      fontsize=8.5, color=MUTED)  # fmt: skip
         for name, color, marker in ((EAGER, ORANGE, "s"), (OURS, BLUE, "o")):
             rates = [row.flops / (row.median_us(name) or float("nan")) * 1e-3 for row in points]
             axes.plot(intensity, rates, marker, color=color, label=name,
@@ -147,12 +154,6 @@ def roofline(rows: Sequence[Row], peaks: dict[str, Any]) -> Figure | None:
         axes.set_title(f"{threads} threads, all dtypes")
         axes.legend(loc="lower right")
     return figure
-
-
-def _note(axes: Axes, note: str, x: float, y: float, side: str) -> None:
-    axes.annotate(
-        note, (x, y), (0, 5), textcoords="offset points", ha=side, fontsize=8.5, color=MUTED
-    )
 
 
 def _roofs(
@@ -196,7 +197,8 @@ def against_length(rows: Sequence[Row], memory: Sequence[dict[str, Any]]) -> Fig
             axes.set(xscale="log", yscale="log")
             axes.set_xscale("log", base=2)
             axes.set_xlabel("sequence length S")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.legend(fontsize=9)
     return figure
 
@@ -231,8 +233,12 @@ def loss_curves(result: dict[str, Any]) -> Figure:
 def figures(run: Run) -> dict[str, str]:
     """Name -> inline SVG of every figure that this run has data for."""
     shown = [row for row in run.rows if "sweep" not in row.tags]
+    suites = dict.fromkeys(row.suite for row in shown)
     drawn = {
-        "speedup": speedup_bars(shown),
+        f"speedup-{suite}": speedup_bars([row for row in shown if row.suite == suite])
+        for suite in suites
+    }
+    drawn |= {
         "roofline": roofline(run.rows, run.machine.get("peaks", {})),
         "length": against_length(run.rows, run.memory),
     }

@@ -70,7 +70,9 @@ class Row:
 
     @property
     def speedup(self) -> float | None:
-        """Times as fast as torch eager."""
+        """Times as fast as torch eager; None for a case that failed, whatever it holds."""
+        if self.status != "ok":
+            return None
         ours, eager = self.median_us(OURS), self.median_us(EAGER)
         return eager / ours if ours and eager else None
 

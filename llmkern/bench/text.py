@@ -49,6 +49,13 @@ def shape(row: Row) -> str:
     return " ".join(f"{axis}={length}" for axis, length in row.shape.items())
 
 
+def compact_shape(row: Row) -> str:
+    """For a figure's labels: 2048×768, or axes without their equals signs."""
+    if set(row.shape) == {"rows", "cols"}:
+        return f"{row.shape['rows']}×{row.shape['cols']}"
+    return " ".join(f"{axis}{length}" for axis, length in row.shape.items())
+
+
 def title(row: Row) -> str:
     return f"{row.op} {row.label}".strip()
 

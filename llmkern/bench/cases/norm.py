@@ -18,7 +18,13 @@ EPS = 1e-5
 
 
 def layer_norm(
-    rows: int, cols: int, dtype: torch.dtype, *, backward: bool = True, compile: bool = False
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = True,
+    compile: bool = False,
+    tags: frozenset[str] = frozenset(),
 ) -> Case:
     def make(m: Maker) -> Tensors:
         return {
@@ -39,6 +45,7 @@ def layer_norm(
         wanted=("x", "weight", "bias") if backward else (),
         cost=Cost(0.0, moves * rows * cols * dtype.itemsize),
         compile=compile,
+        tags=tags,
     )
 
 
