@@ -72,10 +72,11 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 
 
 def check_command(arguments: argparse.Namespace) -> int:
+    device = registry.device_of(arguments.device)
     failures = 0
     cases = [case for dtype in arguments.dtype for case in kernels.check(dtype)]
     for case in registry.select(cases, arguments.filter):
-        tensors = registry.inputs_of(case, torch.device(arguments.device))
+        tensors = registry.inputs_of(case, device)
         try:
             verdict = gate.check(case, tensors, backend=arguments.backend)
         except gate.CASE_ERRORS as error:
@@ -107,8 +108,9 @@ def explain_command(arguments: argparse.Namespace) -> int:
     if not cases:
         print(f"no case matches {arguments.filter!r}", file=sys.stderr)
         return 2
+    device = registry.device_of(arguments.device)
     for case in cases:
-        tensors = registry.inputs_of(case, torch.device(arguments.device))
+        tensors = registry.inputs_of(case, device)
         ours = next(variant for variant in case.variants if variant.name == registry.OURS)
         with gate.on_backend(arguments.backend):
             print(case.id)

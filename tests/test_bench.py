@@ -442,9 +442,15 @@ def test_bad_arguments_are_usage_errors(words):
     assert stopped.value.code == 2
 
 
-def test_bench_runs_from_the_command_line_and_writes_both_files(tmp_path):
+def test_a_device_that_is_not_here_is_named(capsys):
+    assert cli.main(["check", "--filter", "layer_norm", "--device", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_bench_runs_from_the_command_line_and_writes_both_files(tmp_path, monkeypatch):
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(peak.Peaks, "survey", lambda self, threads: None)
     files = [tmp_path / "run.json", tmp_path / "run.html"]
     words = ["bench", "kernels", "--filter", "layer_norm/rows8xcols64", "--budget", "0.01"]
     assert cli.main([*words, "--json", str(files[0]), "--html", str(files[1])]) == 0

@@ -56,7 +56,7 @@ def execute(options: argparse.Namespace, console: Any) -> store.Run:
     if limit is None:
         limit = float("inf") if options.full else TIME_LIMIT_S
     run_options = runner.Options(
-        device=torch.device(options.device),
+        device=registry.device_of(options.device),
         budget=options.budget,
         compile=not options.no_compile,
         deadline=began + limit,
@@ -114,6 +114,12 @@ def _progress(console: Any, total: int, unit: str) -> Any:
     )
 
 
+def _announce(console: Any, line: str) -> None:
+    """A line for a log; a terminal has the progress bar."""
+    if not console.is_terminal:
+        console.print(line, markup=False, highlight=False)
+
+
 def _run_cases(
     suite: str,
     cases: list[registry.Case],
@@ -124,14 +130,10 @@ def _run_cases(
     with _progress(console, len(cases), "cases") as bar:
         task = bar.add_task("", total=len(cases), suite=suite)
 
-        def show(case: registry.Case) -> None:
-            bar.update(task, description=case.id)
-            if not console.is_terminal:
-                console.print(f"[{cases.index(case) + 1}/{len(cases)}] {case.id}", markup=False)
-
         rows = []
         for case in cases:
-            show(case)
+            bar.update(task, description=case.id)
+            _announce(console, f"[{len(rows) + 1}/{len(cases)}] {case.id}")
             rows.append(runner.run_case(case, run_options, peaks))
             bar.advance(task)
     return rows
@@ -140,6 +142,7 @@ def _run_cases(
 def _run_memory(console: Any) -> list[dict[str, Any]]:
     total = len(memory_sweep.VARIANTS) * len(memory_sweep.LENGTHS) * 2
     entries = []
+    _announce(console, f"peak memory of attention: {total} runs in processes of their own")
     with _progress(console, total, "runs") as bar:
         task = bar.add_task("", total=total, suite="memory")
         for entry in memory_sweep.measure():
@@ -160,6 +163,7 @@ def _run_training(
     configs = (train.full if options.full else train.default)(dtypes, options.steps)
     results = []
     for config in configs:
+        _announce(console, f"training: {config.name}, up to {config.steps} steps")
         deadline = time.monotonic() + limit_s / len(configs)
         with _progress(console, config.steps, "steps") as bar:
             task = bar.add_task(config.name, total=config.steps, suite="train")

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llmkern.errors import DeviceError
+
 Tensors = dict[str, Tensor]
 Step = Callable[[], tuple[Tensor, ...]]
 Function = Callable[[Tensors], Tensor | tuple[Tensor, ...]]
@@ -119,6 +121,18 @@ class Maker:
     def bools(self, *shape: int, true_share: float) -> Tensor:
         drawn = torch.rand(shape, generator=self._generator) < true_share
         return drawn.to(self.device)
+
+
+def device_of(name: str) -> torch.device:
+    """The device, after a first allocation on it.
+
+    Raises:
+        DeviceError: there is no such device here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without it
+        raise DeviceError(f"device {name!r} cannot be used here: {error}") from error
 
 
 def seed_of(case: Case) -> int:
