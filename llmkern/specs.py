@@ -8,7 +8,7 @@ import torch
 class NormSpec(NamedTuple):
     """One normalisation call over the last dim of [rows, cols]."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype  # of residual and output
     weight_dtype: torch.dtype | None  # None: neither weight nor bias
     device: str
     rows: int
@@ -19,6 +19,7 @@ class NormSpec(NamedTuple):
     add: bool  # a residual is added first
     dropout_p: float
     keep_z: bool  # the normalised input itself is wanted (prenorm, or saved for backward)
+    x_dtype: torch.dtype  # dtype, or 16-bit beside a float32 residual
 
 
 UNBOUNDED = 1 << 62  # of AttentionSpec.left and right: no limit

@@ -7,14 +7,15 @@ import torch
 from llmkern import dispatch
 from llmkern.backends.cpu import _ext
 
-_empty = torch.empty
 
+def _poisoned(allocate):
+    def allocate_and_fill(*args, **kwargs):
+        out = allocate(*args, **kwargs)
+        if type(out) is torch.Tensor and out.is_floating_point():
+            out.fill_(float("nan"))
+        return out
 
-def _poisoned_empty(*args, **kwargs):
-    out = _empty(*args, **kwargs)
-    if type(out) is torch.Tensor and out.is_floating_point():
-        out.fill_(float("nan"))
-    return out
+    return allocate_and_fill
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,8 @@ def poisoned_empty(request, monkeypatch):
     """An output element that a kernel forgets to write shows up as NaN."""
     torch.manual_seed(0)
     if "compile" not in request.node.name:  # dynamo must see the real torch.empty
-        monkeypatch.setattr(torch, "empty", _poisoned_empty)
+        for name in ("empty", "empty_like"):
+            monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
 
 
 @pytest.fixture(params=["reference", "cpu"])

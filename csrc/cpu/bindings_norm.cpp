@@ -3,67 +3,84 @@
 namespace llmkern {
 namespace {
 
-NormShape shape_of(int dtype, int weight_dtype, int64_t rows, int64_t cols, double eps, bool rms,
-                   bool unit_offset, uint32_t drop_threshold, uintptr_t seed) {
-  return {static_cast<DType>(dtype),
-          static_cast<DType>(weight_dtype),
-          rows,
-          cols,
-          eps,
-          rms,
-          unit_offset,
-          drop_threshold,
-          drop_threshold < 65536 ? 65536.0f / static_cast<float>(65536 - drop_threshold) : 0.0f,
+// (dtype, x_dtype, weight_dtype, rows, cols, eps, rms, unit_offset, drop_threshold), made once for
+// a spec by backends/cpu/norm.py.
+NormShape shape_of(const py::tuple& t, uintptr_t seed) {
+  const auto threshold = t[8].cast<uint32_t>();
+  return {static_cast<DType>(t[0].cast<int>()),
+          static_cast<DType>(t[1].cast<int>()),
+          static_cast<DType>(t[2].cast<int>()),
+          t[3].cast<int64_t>(),
+          t[4].cast<int64_t>(),
+          t[5].cast<double>(),
+          t[6].cast<bool>(),
+          t[7].cast<bool>(),
+          threshold,
+          threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f,
           pointer<const int64_t>(seed)};
 }
+
+// Statistics are [mean, rstd] x rows, or [rstd] x rows for RMSNorm: where each starts.
+struct Statistics {
+  void *mean, *rstd;
+  Statistics(const NormShape& s, uintptr_t address) {
+    const int64_t bytes = s.rows * (s.dtype == DType::kFloat64 ? 8 : 4);
+    mean = s.rms ? nullptr : pointer(address);
+    rstd = pointer(s.rms ? address : address + static_cast<uintptr_t>(bytes));
+  }
+};
 
 }  // namespace
 
 void bind_norm(py::module_& m) {
-  m.def("norm_fwd", [](int dtype, int weight_dtype, int64_t rows, int64_t cols, double eps,
-                       bool rms, bool unit_offset, uint32_t drop_threshold, uintptr_t seed,
-                       uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride,
-                       uintptr_t weight, uintptr_t bias, uintptr_t z, uintptr_t y, uintptr_t mean,
-                       uintptr_t rstd) {
-    const NormFwdArgs a{
-        shape_of(dtype, weight_dtype, rows, cols, eps, rms, unit_offset, drop_threshold, seed),
-        pointer(x),
-        x_stride,
-        pointer(residual),
-        residual_stride,
-        pointer(weight),
-        pointer(bias),
-        pointer(z),
-        pointer(y),
-        pointer(mean),
-        pointer(rstd)};
+  m.def("norm_fwd", [](const py::tuple& shape, uintptr_t seed, uintptr_t x, int64_t x_stride,
+                       uintptr_t residual, int64_t residual_stride, uintptr_t weight,
+                       uintptr_t bias, uintptr_t z, uintptr_t y, uintptr_t statistics) {
+    const NormShape s = shape_of(shape, seed);
+    const Statistics stats(s, statistics);
+    const NormFwdArgs a{s,
+                        pointer(x),
+                        x_stride,
+                        pointer(residual),
+                        residual_stride,
+                        pointer(weight),
+                        pointer(bias),
+                        pointer(z),
+                        pointer(y),
+                        stats.mean,
+                        stats.rstd};
     py::gil_scoped_release release;
     table().norm_fwd(a);
   });
-  m.def("norm_bwd", [](int dtype, int weight_dtype, int64_t rows, int64_t cols, double eps,
-                       bool rms, bool unit_offset, uint32_t drop_threshold, uintptr_t seed,
-                       uintptr_t z, int64_t z_stride, uintptr_t weight, uintptr_t mean,
-                       uintptr_t rstd, uintptr_t dy, int64_t dy_stride, uintptr_t dz, uintptr_t dx,
-                       uintptr_t dresidual, uintptr_t dweight, uintptr_t dbias, uintptr_t scratch) {
-    const NormBwdArgs a{
-        shape_of(dtype, weight_dtype, rows, cols, eps, rms, unit_offset, drop_threshold, seed),
-        pointer(z),
-        z_stride,
-        pointer(weight),
-        pointer(mean),
-        pointer(rstd),
-        pointer(dy),
-        dy_stride,
-        pointer(dz),
-        pointer(dx),
-        pointer(dresidual),
-        pointer(dweight),
-        pointer(dbias),
-        pointer(scratch)};
-    py::gil_scoped_release release;
-    table().norm_bwd(a);
-  });
-  m.attr("NORM_BWD_CHUNKS") = kNormBwdChunks;
+  m.def("norm_bwd",
+        [](const py::tuple& shape, uintptr_t seed, uintptr_t z, int64_t z_stride, uintptr_t weight,
+           uintptr_t statistics, uintptr_t dy, int64_t dy_stride, uintptr_t dz, uintptr_t dx,
+           uintptr_t dresidual, uintptr_t dweight, uintptr_t dbias, uintptr_t scratch) {
+          const NormShape s = shape_of(shape, seed);
+          const Statistics stats(s, statistics);
+          const NormBwdArgs a{s,
+                              pointer(z),
+                              z_stride,
+                              pointer(weight),
+                              stats.mean,
+                              stats.rstd,
+                              pointer(dy),
+                              dy_stride,
+                              pointer(dz),
+                              pointer(dx),
+                              pointer(dresidual),
+                              pointer(dweight),
+                              pointer(dbias),
+                              pointer(scratch)};
+          py::gil_scoped_release release;
+          table().norm_bwd(a);
+        });
+  m.def(
+      "norm_bwd_scratch",
+      [](int64_t rows, int64_t cols) {
+        return 2 * cols * (rows < kNormBwdChunks ? rows : kNormBwdChunks);
+      },
+      "Compute-type values of scratch that a weight or bias gradient takes.");
 }
 
 }  // namespace llmkern

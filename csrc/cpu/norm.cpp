@@ -1,5 +1,7 @@
-// LayerNorm and RMSNorm, forward and backward (formulas: include/llmkern/norm.h). A row is read
-// into the first-level cache once and passed over there: sum, centred squares, output. The weight
+// LayerNorm and RMSNorm, forward and backward (formulas: include/llmkern/norm.h). Rows are taken in
+// blocks that stay in the first two cache levels, so memory sees each element once: forward passes
+// over a block are the sum, the centred squares, the output; backward passes are the two means with
+// the weight gradient, then dx. A row's arithmetic does not depend on its block. The weight
 // gradient is summed in kNormBwdChunks fixed row ranges, then across them, so no thread count
 // changes a bit.
 #include "llmkern/norm.h"
@@ -16,6 +18,16 @@ namespace {
 
 // Rows worth a thread: below ~16k elements the fork costs more than it brings.
 constexpr int64_t kGrainElements = 16384;
+// Forward rows whose reductions overlap; the horizontal sum, square root and division of one row
+// (about 60 cycles in a chain) hide behind the loads of the next.
+constexpr int kFwdRows = 4;
+// Backward rows that share one load and store of the weight-gradient sums.
+constexpr int kBwdRows = 4;
+// Columns that the dropout decisions are made for at a time.
+constexpr int kDropColumns = 1024;
+// Outputs from this size on go around the cache: they would be evicted before anyone reads them,
+// and the cache would read every line first.
+constexpr int64_t kStreamBytes = int64_t{1} << 25;
 
 int64_t row_grain(const NormShape& s) {
   return s.cols > 0 ? max_of<int64_t>(1, kGrainElements / s.cols) : 1;
@@ -43,35 +55,67 @@ inline void store(T* p, V v, int lanes) {
   }
 }
 
-// z = drop(x) + residual, written as T.
+// Rows that can and should be written around the cache: float, whole vectors, aligned.
 template <class T>
-void add_row(const NormShape& s, int64_t row, const T* x, const T* residual, T* z) {
-  using C = Compute<T>;
-  using V = Vec<C>;
-  constexpr int64_t kBlock = 512;
-  alignas(64) float factor[kBlock];
-  alignas(64) C scaled[kBlock];
-  const FlatDropout drop{s.drop_threshold ? static_cast<uint64_t>(*s.seed) : 0, s.drop_threshold,
-                         s.drop_scale};
-  for (int64_t begin = 0; begin < s.cols; begin += kBlock) {
-    const int64_t n = min_of<int64_t>(kBlock, s.cols - begin);
-    if (s.drop_threshold) {
-      drop.fill(row * s.cols + begin, n, factor);
-      // A dropped element is 0 even where x is Inf or NaN.
-      for (int64_t j = 0; j < n; ++j)
-        scaled[j] = factor[j] != 0.0f ? static_cast<C>(as_float(x[begin + j]) * factor[j]) : C(0);
-    }
+bool streams(const void* out, const NormShape&) {
+  return false && out;
+}
+template <>
+bool streams<float>(const void* out, const NormShape& s) {
+  return out && s.cols % VecF::kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(out) % (sizeof(float) * VecF::kLanes) == 0 &&
+         s.rows * s.cols * static_cast<int64_t>(sizeof(float)) >= kStreamBytes;
+}
+
+template <bool kStream, class T, class V>
+inline void store_out(T* p, V v, int lanes) {
+  if constexpr (kStream) {
+    v.stream(p);
+  } else {
+    store(p, v, lanes);
+  }
+}
+
+FlatDropout dropout_of(const NormShape& s) {
+  return {s.drop_threshold ? static_cast<uint64_t>(*s.seed) : 0, s.drop_threshold, s.drop_scale};
+}
+
+// f(column, value of drop(x) there, lanes) over a row; a dropped element is 0 even where x is Inf
+// or NaN.
+template <class V, class X, class F>
+void for_dropped(const NormShape& s, int64_t row, const X* x, const F& f) {
+  const FlatDropout drop = dropout_of(s);
+  const V scale = V::set1(static_cast<typename V::Scalar>(s.drop_scale));
+  KeepBits<kDropColumns> bits;
+  for (int64_t begin = 0; begin < s.cols; begin += kDropColumns) {
+    const int64_t n = min_of<int64_t>(kDropColumns, s.cols - begin);
+    drop.keep(row * s.cols + begin, n, &bits);
     for_columns<V::kLanes>(n, [&](int64_t j, int lanes) {
-      V v = s.drop_threshold ? load<V>(scaled + j, lanes) : load<V>(x + begin + j, lanes);
-      if (residual) v = v + load<V>(residual + begin + j, lanes);
-      store(z + begin + j, v, lanes);
+      const V v = load<V>(x + begin + j, lanes) * scale;
+      f(begin + j, V::keep(bits.template mask<typename V::Mask>(j), v), lanes);
     });
+  }
+}
+
+// z = drop(x) + residual, written as T.
+template <class X, class T>
+void add_row(const NormShape& s, int64_t row, const X* x, const T* residual, T* z) {
+  using V = Vec<Compute<T>>;
+  const auto add = [&](int64_t j, V v, int lanes) {
+    if (residual) v = v + load<V>(residual + j, lanes);
+    store(z + j, v, lanes);
+  };
+  if (s.drop_threshold) {
+    for_dropped<V>(s, row, x, add);
+  } else {
+    for_columns<V::kLanes>(s.cols,
+                           [&](int64_t j, int lanes) { add(j, load<V>(x + j, lanes), lanes); });
   }
 }
 
 // Sum of f(v) over the row in four chains: the add latency is 4 cycles.
 template <class T, class F>
-Compute<T> row_sum(const T* z, int64_t cols, const F& f) {
+inline Compute<T> row_sum(const T* z, int64_t cols, const F& f) {
   using V = Vec<Compute<T>>;
   V a[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
   int64_t j = 0;
@@ -82,22 +126,22 @@ Compute<T> row_sum(const T* z, int64_t cols, const F& f) {
   return ((a[0] + a[1]) + (a[2] + a[3])).sum();
 }
 
-template <class T, class W>
-void norm_row(const NormShape& s, const T* z, const W* weight, const W* bias, T* y,
-              Compute<T>* mean_out, Compute<T>* rstd_out) {
-  using C = Compute<T>;
-  using V = Vec<C>;
-  const C n = static_cast<C>(s.cols);
-  C mean = 0;
-  if (!s.rms) mean = row_sum(z, s.cols, [](V a, V v, int) { return a + v; }) / n;
+template <class T>
+inline Compute<T> centred_squares(const T* z, int64_t cols, Compute<T> mean) {
+  using V = Vec<Compute<T>>;
   const V centre = V::set1(mean);
-  const C squares = row_sum(z, s.cols, [&](V a, V v, int lanes) {
+  return row_sum(z, cols, [&](V a, V v, int lanes) {
     V d = v - centre;
     if (lanes != V::kLanes) d = V::keep(V::Mask::first(lanes), d);
     return V::fma(d, d, a);
   });
-  const C rstd = C(1) / std::sqrt(squares / n + static_cast<C>(s.eps));
-  const V r = V::set1(rstd), one = V::set1(1);
+}
+
+template <bool kStream, class T, class W>
+inline void write_row(const NormShape& s, const T* z, const W* weight, const W* bias, T* y,
+                      Compute<T> mean, Compute<T> rstd) {
+  using V = Vec<Compute<T>>;
+  const V centre = V::set1(mean), r = V::set1(rstd), one = V::set1(1);
   for_columns<V::kLanes>(s.cols, [&](int64_t j, int lanes) {
     V v = (load<V>(z + j, lanes) - centre) * r;
     if (weight) {
@@ -107,42 +151,77 @@ void norm_row(const NormShape& s, const T* z, const W* weight, const W* bias, T*
     } else if (bias) {
       v = v + load<V>(bias + j, lanes);
     }
-    store(y + j, v, lanes);
+    store_out<kStream>(y + j, v, lanes);
   });
-  if (mean_out) *mean_out = mean;
-  *rstd_out = rstd;
 }
 
-template <class T, class W>
-void forward(const NormFwdArgs& a) {
+template <class X, class T, class W>
+struct Forward {
   using C = Compute<T>;
-  const NormShape& s = a.shape;
-  const bool add = a.residual || s.drop_threshold;
-  parallel_ranges(s.rows, row_grain(s), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
-      T* y = static_cast<T*>(a.y) + i * s.cols;
-      const T* z = x;
-      if (add) {
-        // Without a buffer of its own, z lives in y until the row is normalised in place.
-        T* sum = a.z ? static_cast<T*>(a.z) + i * s.cols : y;
-        const T* residual =
-            a.residual ? static_cast<const T*>(a.residual) + i * a.residual_stride : nullptr;
-        add_row(s, i, x, residual, sum);
-        z = sum;
-      }
-      norm_row(s, z, static_cast<const W*>(a.weight), static_cast<const W*>(a.bias), y,
-               a.mean ? static_cast<C*>(a.mean) + i : nullptr, static_cast<C*>(a.rstd) + i);
-    }
-  });
-}
+  const NormFwdArgs& a;
+  const NormShape& s;
 
-template <class T, class W>
+  // The row that is normalised, computed first where it is a sum. Without a buffer of its own the
+  // sum lives in y until it is normalised in place.
+  const T* summed(int64_t i) const {
+    const X* x = static_cast<const X*>(a.x) + i * a.x_stride;
+    if constexpr (sizeof(X) == sizeof(T)) {
+      if (!a.residual && !s.drop_threshold) return reinterpret_cast<const T*>(x);
+    }
+    T* sum = static_cast<T*>(a.z ? a.z : a.y) + i * s.cols;
+    const T* residual =
+        a.residual ? static_cast<const T*>(a.residual) + i * a.residual_stride : nullptr;
+    add_row(s, i, x, residual, sum);
+    return sum;
+  }
+
+  template <bool kStream>
+  void rows(int64_t begin, int64_t end) const {
+    const C n = static_cast<C>(s.cols);
+    const W *weight = static_cast<const W*>(a.weight), *bias = static_cast<const W*>(a.bias);
+    for (int64_t i = begin; i < end; i += kFwdRows) {
+      const int count = static_cast<int>(min_of<int64_t>(kFwdRows, end - i));
+      const T* z[kFwdRows];
+      C mean[kFwdRows], rstd[kFwdRows];
+      for (int r = 0; r < count; ++r) z[r] = summed(i + r);
+      for (int r = 0; r < count; ++r)
+        mean[r] =
+            s.rms ? C(0) : row_sum(z[r], s.cols, [](auto t, auto v, int) { return t + v; }) / n;
+      for (int r = 0; r < count; ++r)
+        rstd[r] =
+            C(1) / std::sqrt(centred_squares(z[r], s.cols, mean[r]) / n + static_cast<C>(s.eps));
+      for (int r = 0; r < count; ++r) {
+        T* y = static_cast<T*>(a.y) + (i + r) * s.cols;
+        write_row<kStream>(s, z[r], weight, bias, y, mean[r], rstd[r]);
+        if (a.mean) static_cast<C*>(a.mean)[i + r] = mean[r];
+        static_cast<C*>(a.rstd)[i + r] = rstd[r];
+      }
+    }
+  }
+
+  void run() const {
+    const bool stream = streams<T>(a.y, s);
+    parallel_ranges(s.rows, row_grain(s), [&](int64_t begin, int64_t end) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (stream) return rows<true>(begin, end);
+      }
+      rows<false>(begin, end);
+    });
+  }
+};
+
+template <class X, class T, class W>
 struct Backward {
   using C = Compute<T>;
   using V = Vec<C>;
   const NormBwdArgs& a;
   const NormShape& s;
+
+  struct Row {
+    const T *z, *dy;
+    C mean, rstd;
+    C mean_g, mean_gx;  // of g = dy * w and of g * xhat
+  };
 
   V weight_at(int64_t j, int lanes) const {
     if (!a.weight) return V::set1(1);
@@ -150,52 +229,83 @@ struct Backward {
     return s.unit_offset ? w + V::set1(1) : w;
   }
 
-  // One row: the two means of the formula and the weight-gradient partials in one pass, dx in
-  // another.
-  void row(int64_t i, C* dweight, C* dbias) const {
-    const T* z = static_cast<const T*>(a.z) + i * a.z_stride;
-    const T* dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
-    const V mean = V::set1(s.rms ? C(0) : static_cast<const C*>(a.mean)[i]);
-    const V rstd = V::set1(static_cast<const C*>(a.rstd)[i]);
-    V sum_g = V::zero(), sum_gx = V::zero();
-    for_columns<V::kLanes>(s.cols, [&](int64_t j, int lanes) {
-      V xhat = (load<V>(z + j, lanes) - mean) * rstd;
-      if (lanes != V::kLanes) xhat = V::keep(V::Mask::first(lanes), xhat);
-      const V d = load<V>(dy + j, lanes);
-      const V g = d * weight_at(j, lanes);
-      sum_g = sum_g + g;
-      sum_gx = V::fma(g, xhat, sum_gx);
-      if (dweight) store(dweight + j, V::fma(d, xhat, load<V>(dweight + j, lanes)), lanes);
-      if (dbias) store(dbias + j, load<V>(dbias + j, lanes) + d, lanes);
-    });
-    const C n = static_cast<C>(s.cols);
-    const V mean_g = V::set1(s.rms ? C(0) : sum_g.sum() / n);
-    const V mean_gx = V::set1(sum_gx.sum() / n);
-    T* dx = static_cast<T*>(a.dx) + i * s.cols;
-    T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + i * s.cols : dx;
-    const T* dz = a.dz ? static_cast<const T*>(a.dz) + i * s.cols : nullptr;
-    for_columns<V::kLanes>(s.cols, [&](int64_t j, int lanes) {
-      const V xhat = (load<V>(z + j, lanes) - mean) * rstd;
-      const V g = load<V>(dy + j, lanes) * weight_at(j, lanes);
-      V d = V::fnma(xhat, mean_gx, g - mean_g) * rstd;
-      if (dz) d = d + load<V>(dz + j, lanes);
-      store(dresidual + j, d, lanes);
-    });
-    if (s.drop_threshold) drop_row(i, dresidual, dx);
+  Row row(int64_t i) const {
+    return {static_cast<const T*>(a.z) + i * a.z_stride,
+            static_cast<const T*>(a.dy) + i * a.dy_stride,
+            s.rms ? C(0) : static_cast<const C*>(a.mean)[i],
+            static_cast<const C*>(a.rstd)[i],
+            C(0),
+            C(0)};
   }
 
-  void drop_row(int64_t i, const T* from, T* to) const {
-    constexpr int64_t kBlock = 512;
-    alignas(64) float factor[kBlock];
-    const FlatDropout drop{static_cast<uint64_t>(*s.seed), s.drop_threshold, s.drop_scale};
-    for (int64_t begin = 0; begin < s.cols; begin += kBlock) {
-      const int64_t n = min_of<int64_t>(kBlock, s.cols - begin);
-      drop.fill(i * s.cols + begin, n, factor);
-      for (int64_t j = 0; j < n; ++j) {
-        const C v =
-            factor[j] != 0.0f ? static_cast<C>(as_float(from[begin + j]) * factor[j]) : C(0);
-        put(to + begin + j, v);
+  // The two means of kRows rows, and their share of the weight gradients.
+  template <int kRows>
+  void reduce_rows(Row* r, C* dweight, C* dbias) const {
+    V sum_g[kRows], sum_gx[kRows];
+    for (int k = 0; k < kRows; ++k) sum_g[k] = sum_gx[k] = V::zero();
+    for_columns<V::kLanes>(s.cols, [&](int64_t j, int lanes) {
+      const V w = weight_at(j, lanes);
+      V sum_weight = dweight ? load<V>(dweight + j, lanes) : V::zero();
+      V sum_bias = dbias ? load<V>(dbias + j, lanes) : V::zero();
+      for (int k = 0; k < kRows; ++k) {
+        V xhat = (load<V>(r[k].z + j, lanes) - V::set1(r[k].mean)) * V::set1(r[k].rstd);
+        if (lanes != V::kLanes) xhat = V::keep(V::Mask::first(lanes), xhat);
+        const V d = load<V>(r[k].dy + j, lanes), g = d * w;
+        sum_g[k] = sum_g[k] + g;
+        sum_gx[k] = V::fma(g, xhat, sum_gx[k]);
+        sum_weight = V::fma(d, xhat, sum_weight);
+        sum_bias = sum_bias + d;
       }
+      if (dweight) store(dweight + j, sum_weight, lanes);
+      if (dbias) store(dbias + j, sum_bias, lanes);
+    });
+    const C n = static_cast<C>(s.cols);
+    for (int k = 0; k < kRows; ++k) {
+      r[k].mean_g = s.rms ? C(0) : sum_g[k].sum() / n;
+      r[k].mean_gx = sum_gx[k].sum() / n;
+    }
+  }
+
+  // out = (g - mean_g - xhat * mean_gx) * rstd (+ dz), as two multiply-adds on z - mean and g.
+  template <bool kStream, class Out>
+  void write_gradient(const Row& r, const T* dz, Out* out) const {
+    const V mean = V::set1(r.mean), rstd = V::set1(r.rstd);
+    const V slope = V::set1(-r.mean_gx * r.rstd * r.rstd), shift = V::set1(-r.mean_g * r.rstd);
+    for_columns<V::kLanes>(s.cols, [&](int64_t j, int lanes) {
+      const V g = load<V>(r.dy + j, lanes) * weight_at(j, lanes);
+      V d = V::fma(load<V>(r.z + j, lanes) - mean, slope, V::fma(g, rstd, shift));
+      if (dz) d = d + load<V>(dz + j, lanes);
+      store_out<kStream>(out + j, d, lanes);
+    });
+  }
+
+  template <bool kStream>
+  void finish_row(int64_t i, const Row& r) const {
+    X* dx = static_cast<X*>(a.dx) + i * s.cols;
+    const T* dz = a.dz ? static_cast<const T*>(a.dz) + i * s.cols : nullptr;
+    if (!a.dresidual) return write_gradient<kStream>(r, dz, dx);
+    T* dresidual = static_cast<T*>(a.dresidual) + i * s.cols;
+    write_gradient<false>(r, dz, dresidual);
+    const auto put_dx = [&](int64_t j, V v, int lanes) { store(dx + j, v, lanes); };
+    if (s.drop_threshold) return for_dropped<V>(s, i, dresidual, put_dx);
+    for_columns<V::kLanes>(
+        s.cols, [&](int64_t j, int lanes) { put_dx(j, load<V>(dresidual + j, lanes), lanes); });
+  }
+
+  template <bool kStream>
+  void rows(int64_t begin, int64_t end, C* dweight, C* dbias) const {
+    for (int64_t j = 0; dweight && j < s.cols; ++j) dweight[j] = 0;
+    for (int64_t j = 0; dbias && j < s.cols; ++j) dbias[j] = 0;
+    for (int64_t i = begin; i < end; i += kBwdRows) {
+      const int count = static_cast<int>(min_of<int64_t>(kBwdRows, end - i));
+      Row r[kBwdRows];
+      for (int k = 0; k < count; ++k) r[k] = row(i + k);
+      if (count == kBwdRows) {
+        reduce_rows<kBwdRows>(r, dweight, dbias);
+      } else {
+        for (int k = 0; k < count; ++k) reduce_rows<1>(r + k, dweight, dbias);
+      }
+      for (int k = 0; a.dx && k < count; ++k) finish_row<kStream>(i + k, r[k]);
     }
   }
 
@@ -204,21 +314,26 @@ struct Backward {
     C* partial = static_cast<C*>(a.scratch);
     const bool wants_weight = a.dweight != nullptr, wants_bias = a.dbias != nullptr;
     const int64_t grain = max_of<int64_t>(1, chunks * row_grain(s) / max_of<int64_t>(1, s.rows));
-    parallel_ranges(chunks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
+    const bool stream = streams<X>(a.dx, s);
+    parallel_ranges(chunks, grain, [&](int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; ++c) {
         C* dweight = wants_weight ? partial + c * 2 * s.cols : nullptr;
         C* dbias = wants_bias ? partial + (c * 2 + 1) * s.cols : nullptr;
-        for (int64_t j = 0; dweight && j < s.cols; ++j) dweight[j] = 0;
-        for (int64_t j = 0; dbias && j < s.cols; ++j) dbias[j] = 0;
-        for (int64_t i = s.rows * c / chunks; i < s.rows * (c + 1) / chunks; ++i)
-          row(i, dweight, dbias);
+        const int64_t begin = s.rows * c / chunks, end = s.rows * (c + 1) / chunks;
+        if constexpr (sizeof(X) == sizeof(float)) {
+          if (stream) {
+            rows<true>(begin, end, dweight, dbias);
+            continue;
+          }
+        }
+        rows<false>(begin, end, dweight, dbias);
       }
     });
-    if (wants_weight) reduce(partial, chunks, static_cast<W*>(a.dweight));
-    if (wants_bias) reduce(partial + s.cols, chunks, static_cast<W*>(a.dbias));
+    if (wants_weight) sum_chunks(partial, chunks, static_cast<W*>(a.dweight));
+    if (wants_bias) sum_chunks(partial + s.cols, chunks, static_cast<W*>(a.dbias));
   }
 
-  void reduce(const C* partial, int64_t chunks, W* out) const {
+  void sum_chunks(const C* partial, int64_t chunks, W* out) const {
     for_columns<V::kLanes>(s.cols, [&](int64_t j, int lanes) {
       V sum = V::zero();
       for (int64_t c = 0; c < chunks; ++c) sum = sum + load<V>(partial + c * 2 * s.cols + j, lanes);
@@ -227,42 +342,37 @@ struct Backward {
   }
 };
 
-template <class T, class W>
-void backward(const NormBwdArgs& a) {
-  Backward<T, W>{a, a.shape}.run();
+template <template <class, class, class> class Kernel, class H, class A>
+void run_half(const A& a) {
+  const NormShape& s = a.shape;
+  if (s.dtype == DType::kFloat32) {
+    Kernel<H, float, float>{a, s}.run();
+  } else if (s.weight_dtype == DType::kFloat32) {
+    Kernel<H, H, float>{a, s}.run();
+  } else {
+    Kernel<H, H, H>{a, s}.run();
+  }
 }
 
-// f.template run<T, W>() for the pair of storage types.
-template <class A, class FloatF, class BFloatF, class HalfF, class MixedB, class MixedH,
-          class DoubleF>
-void by_dtype(const NormShape& s, const A& a, FloatF f32, BFloatF bf16, HalfF f16, MixedB bf16_f32,
-              MixedH f16_f32, DoubleF f64) {
-  const bool mixed = s.weight_dtype == DType::kFloat32;
-  switch (s.dtype) {
+template <template <class, class, class> class Kernel, class A>
+void run(const A& a) {
+  switch (a.shape.x_dtype) {
     case DType::kFloat32:
-      return f32(a);
+      return Kernel<float, float, float>{a, a.shape}.run();
     case DType::kBFloat16:
-      return mixed ? bf16_f32(a) : bf16(a);
+      return run_half<Kernel, BFloat16>(a);
     case DType::kFloat16:
-      return mixed ? f16_f32(a) : f16(a);
+      return run_half<Kernel, Float16>(a);
     case DType::kFloat64:
-      return f64(a);
+      return Kernel<double, double, double>{a, a.shape}.run();
   }
 }
 
 }  // namespace
 
-void norm_fwd(const NormFwdArgs& a) {
-  by_dtype(a.shape, a, forward<float, float>, forward<BFloat16, BFloat16>,
-           forward<Float16, Float16>, forward<BFloat16, float>, forward<Float16, float>,
-           forward<double, double>);
-}
+void norm_fwd(const NormFwdArgs& a) { run<Forward>(a); }
 
-void norm_bwd(const NormBwdArgs& a) {
-  by_dtype(a.shape, a, backward<float, float>, backward<BFloat16, BFloat16>,
-           backward<Float16, Float16>, backward<BFloat16, float>, backward<Float16, float>,
-           backward<double, double>);
-}
+void norm_bwd(const NormBwdArgs& a) { run<Backward>(a); }
 
 }  // namespace LLMKERN_ISA
 }  // namespace llmkern

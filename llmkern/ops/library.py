@@ -1,9 +1,13 @@
 """The torch.library namespace `torch.ops.llmkern` and the choice between its two ways in.
 
-Under torch.compile, fake tensors, dispatch modes, torch.func and tensor subclasses a call goes
+Under torch.compile, fake tensors, dispatch modes and tensor subclasses a call goes
 through the dispatcher (torch.ops.llmkern.*), which those systems understand. In plain eager mode
 that costs about 10 us with gradients, so there the same functions run under torch.autograd.Function
 directly (4 us).
+
+What a call of an op must find out (are the arguments right, which spec, does autograd record) is
+the same for every call with the same signature. ops/norm.py shows the pattern: signature() of the
+tensors, a table of plans by signature and options, checks and spec only where the table has none.
 """
 
 from collections.abc import Callable
@@ -21,12 +25,18 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     """True where nothing but ordinary eager mode looks at this call."""
     if torch.compiler.is_compiling():
         return False
-    if _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+    if _len_torch_dispatch_stack() or in_functorch():
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
             return False
     return True
+
+
+def in_functorch() -> bool:
+    """True inside torch.func (grad, vmap, jvp ...), which cannot differentiate torch.library ops:
+    there the reference backend's plain torch runs, which all of it understands."""
+    return peek_interpreter_stack() is not None
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -37,6 +47,38 @@ def wants_grad(*tensors: Tensor | None) -> bool:
         if tensor is not None and tensor.requires_grad:
             return True
     return False
+
+
+def signature(*tensors: Tensor | None) -> tuple | None:
+    """What a plan may depend on: the grad mode, and shape, dtype, device and requires_grad of each
+    tensor. None where the call is not plain eager (see `plain_eager`), or an argument no tensor."""
+    if torch.compiler.is_compiling():
+        return None
+    if _len_torch_dispatch_stack() or in_functorch():
+        return None
+    key = [torch.is_grad_enabled()]
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+        elif type(tensor) is Tensor or type(tensor) is Parameter:
+            key += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+        else:
+            return None
+    return tuple(key)
+
+
+class Plans(dict):
+    """Plans by key; emptied when full, so a stream of new shapes does not grow it for ever."""
+
+    def remember(self, key: tuple, plan: tuple) -> None:
+        if len(self) >= 4096:
+            self.clear()
+        self[key] = plan
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` for plain eager calls, without its 9 us search for functorch's wrappers."""
+    return super(torch.autograd.Function, function).apply
 
 
 def define(

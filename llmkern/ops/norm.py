@@ -1,16 +1,24 @@
 """LayerNorm and RMSNorm, plain and with dropout + residual add in front. Formulas: docs/kernels.md.
 
-Ba et al., "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+Ba et al., "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square Layer Normalization",
+2019.
+
+The pattern of every op whose calls must cost little. A plain eager call looks its plan up by
+signature (ops/library.py); only a new signature is checked and described. Backends get the spec
+and give None, not an empty tensor, for what is not wanted; all statistics are one tensor.
+Function.apply gets the tensors and the plan, nothing else. Whatever is not plain eager goes through
+torch.ops.llmkern.norm, which needs tensors everywhere: _dense turns None into an empty one.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmkern import checks, dispatch, numerics, random
-from llmkern.errors import ArgumentError, ShapeError
-from llmkern.ops.library import define, plain_eager, wants_grad
+from llmkern.errors import ArgumentError, BackendError, ShapeError
+from llmkern.ops.library import Plans, define, direct_apply, in_functorch, signature
 from llmkern.specs import NormSpec
 
 
@@ -53,8 +61,8 @@ def rms_norm(
 ) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the trailing `normalized_shape` dims.
 
-    eps None is the machine epsilon of the dtype the statistics are computed in, as in torch. Everything
-    else is as in `layer_norm`.
+    eps None is the machine epsilon of the dtype the statistics are computed in, as in torch.
+    Everything else is as in `layer_norm`.
     """
     return _norm("rms_norm", input, None, normalized_shape, weight, None, eps, True,
                  unit_offset, 0.0, False, backend)  # fmt: skip
@@ -77,9 +85,10 @@ def add_layer_norm(
     """y = layer_norm(dropout(input) + residual).
 
     Args:
-        input, residual: the same shape [*, *normalized_shape]; a 16-bit input may meet a float32 residual,
-            and the sum is then float32.
-        dropout_p: probability of an element of input to be dropped, in [0, 1]; ignored unless training.
+        input, residual: the same shape [*, *normalized_shape]; one may be 16-bit beside a float32
+            one, and the sum and y are then float32.
+        dropout_p: probability of an element of input to be dropped, in [0, 1]; ignored unless
+            training.
         prenorm: also return the new residual stream, dropout(input) + residual.
 
     Returns:
@@ -103,10 +112,27 @@ def add_rms_norm(
     unit_offset: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y = rms_norm(dropout(input) + residual); arguments as in `add_layer_norm`, eps as in `rms_norm`."""
+    """y = rms_norm(dropout(input) + residual); arguments as in `add_layer_norm`.
+
+    eps is as in `rms_norm`.
+    """
     p = dropout_p if training else 0.0
     return _norm("add_rms_norm", input, residual, normalized_shape, weight, None, eps, True,
                  unit_offset, p, prenorm, backend)  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """What a call needs beyond its tensors."""
+
+    spec: NormSpec
+    backend: str | None
+    grad: bool  # autograd records the call
+    prenorm: bool
+    dims: tuple[int, ...]  # of weight and bias
+    float_residual: bool  # residual is 16-bit and input is not: the sum is computed in float32
+
+
+_plans = Plans()
 
 
 def _norm(
@@ -123,23 +149,68 @@ def _norm(
     prenorm: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if type(normalized_shape) is list:
+        normalized_shape = tuple(normalized_shape)
+    options = (normalized_shape, eps, rms, unit_offset, dropout_p, prenorm, backend)
+    tensors = signature(x, residual, weight, bias)
+    plan = None
+    if tensors is not None:
+        key = (tensors, options)
+        plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(op, x, residual, weight, bias, *options)
+        if tensors is not None:
+            _plans.remember(key, plan)
+    spec = plan.spec
+    # Outside the CPU, autocast runs norms in float32, as torch's do.
+    if spec.device != "cpu" and torch.is_autocast_enabled(spec.device):
+        return _in_float32(op, x, residual, weight, bias, *options)
+    if plan.float_residual:
+        residual = residual.to(x.dtype)
+    seed = random.draw_seed(x.device) if spec.dropout_p > 0.0 else None
+    if tensors is None and in_functorch():
+        reference = dispatch.module_of("reference", "norm")
+        y, z, _ = reference.forward(spec, x, residual, weight, bias, seed)
+        return (y, z) if prenorm else y
+    if tensors is None:
+        keep_z = residual is not None
+        y, z, _ = torch.ops.llmkern.norm(x, residual, weight, bias, seed, spec.cols, spec.eps, rms,
+                                         unit_offset, dropout_p, keep_z, backend)  # fmt: skip
+        return (y, z) if prenorm else y
+    if not plan.grad:
+        module = dispatch.resolve("norm", spec, backend)
+        y, z, _ = module.forward(spec, x, residual, weight, bias, seed)
+        return (y, z) if prenorm else y
+    result = _apply(x, residual, weight, bias, seed, plan)
+    return result[0] if spec.add and not prenorm else result
+
+
+def _in_float32(op, x, residual, weight, bias, *options) -> Tensor | tuple[Tensor, Tensor]:
+    tensors = (None if t is None else t.float() for t in (x, residual, weight, bias))
+    shape, eps, rms, unit_offset, dropout_p, prenorm, backend = options
+    x, residual, weight, bias = tensors
+    with torch.autocast(x.device.type, enabled=False):
+        return _norm(op, x, residual, shape, weight, bias, eps, rms, unit_offset, dropout_p,
+                     prenorm, backend)  # fmt: skip
+
+
+def _plan(
+    op, x, residual, weight, bias, normalized_shape, eps, rms, unit_offset, dropout_p, prenorm,
+    backend
+) -> _Plan:  # fmt: skip
+    """Check every argument, then describe the call."""
     cols = _check(op, x, residual, normalized_shape, weight, bias, eps, dropout_p)
-    if residual is not None and residual.dtype != x.dtype:
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
+    tensors = [t for t in (x, residual, weight, bias) if t is not None]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    dims = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    float_residual = residual is not None and x.dtype.itemsize > residual.dtype.itemsize
     if eps is None:
         eps = torch.finfo(numerics.compute_dtype(x.dtype)).eps
-    seed = random.draw_seed(x.device) if dropout_p > 0.0 else None
-    grad = wants_grad(x, residual, weight, bias)
     keep_z = prenorm or (residual is not None and grad)
-    args = (x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend)
-    if not plain_eager(x, residual, weight, bias):
-        y, z, _, _ = torch.ops.llmkern.norm(*args)
-    elif grad:
-        y, z = _NormFunction.apply(*args)
-    else:
-        y, z, _, _ = _forward(*args)
-    return (y, z) if prenorm else y
+    spec = _spec(x, None if float_residual else residual, weight, bias, cols, eps, rms, unit_offset,
+                 dropout_p, keep_z)  # fmt: skip
+    return _Plan(spec._replace(add=residual is not None), backend, grad, prenorm, dims,
+                 float_residual)  # fmt: skip
 
 
 def _check(op, x, residual, normalized_shape, weight, bias, eps, dropout_p) -> int:
@@ -148,150 +219,220 @@ def _check(op, x, residual, normalized_shape, weight, bias, eps, dropout_p) -> i
     checks.floating(op, "input", x)
     if isinstance(normalized_shape, int):
         normalized_shape = (normalized_shape,)
-    dims = len(normalized_shape)
-    if dims == 0 or x.dim() < dims or tuple(x.shape[-dims:]) != tuple(normalized_shape):
+    shape = list(normalized_shape)
+    if not shape or list(x.shape[-len(shape) :]) != shape:
         raise ShapeError(
-            f"{op}: input must end in normalized_shape {list(normalized_shape)}, got {list(x.shape)}"
+            f"{op}: input must end in normalized_shape {shape}, got {list(x.shape)}"
+            if shape
+            else f"{op}: normalized_shape must have at least one dim, got []"
         )
     if eps is not None and not eps >= 0.0:
         raise ArgumentError(f"{op}: eps must be >= 0, got {eps}")
     checks.probability(op, "dropout_p", dropout_p)
+    dtype = x.dtype
+    if residual is not None:
+        dtype = _check_residual(op, x, residual)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue
         checks.tensor(op, name, value)
-        if tuple(value.shape) != tuple(normalized_shape):
-            checks.shape(op, name, value, normalized_shape, "normalized_shape of input")
+        checks.shape(op, name, value, shape, "normalized_shape of input")
         checks.same_device(op, name, value, x)
-        if value.dtype != x.dtype:
-            half = x.dtype in (torch.bfloat16, torch.float16)
-            allowed = (x.dtype, torch.float32) if half else (x.dtype,)
-            checks.dtype_in(op, name, value, allowed, "input's, or float32 for a 16-bit input")
+        if value.dtype != dtype:
+            half = dtype in (torch.bfloat16, torch.float16)
+            allowed = (dtype, torch.float32) if half else (dtype,)
+            checks.dtype_in(op, name, value, allowed, "the output's, or float32 with a 16-bit one")
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         checks.dtype_in(op, "bias", bias, (weight.dtype,), "as weight")
-    if residual is not None:
-        checks.tensor(op, "residual", residual)
-        checks.floating(op, "residual", residual)
-        checks.shape(op, "residual", residual, x.shape, "the shape of input")
-        checks.same_device(op, "residual", residual, x)
     cols = 1
-    for size in normalized_shape:
+    for size in shape:
         cols *= size
     return cols
+
+
+def _check_residual(op: str, x: Tensor, residual: Tensor) -> torch.dtype:
+    """The dtype of the sum."""
+    checks.tensor(op, "residual", residual)
+    checks.floating(op, "residual", residual)
+    checks.shape(op, "residual", residual, x.shape, "the shape of input")
+    checks.same_device(op, "residual", residual, x)
+    if residual.dtype == x.dtype:
+        return x.dtype
+    half = (torch.bfloat16, torch.float16)
+    allowed = (x.dtype, torch.float32) if x.dtype in half else (x.dtype,)
+    if x.dtype == torch.float32:
+        allowed = (torch.float32, *half)
+    checks.dtype_in(op, "residual", residual, allowed, "input's, or float32 beside a 16-bit one")
+    return torch.float32
 
 
 def _spec(x, residual, weight, bias, cols, eps, rms, unit_offset, dropout_p, keep_z) -> NormSpec:
     affine = weight if weight is not None else bias
     rows = x.numel() // cols if cols else x.shape[:1].numel()
-    return NormSpec(x.dtype, None if affine is None else affine.dtype, x.device.type, rows, cols, eps,
-                    rms, unit_offset, residual is not None, dropout_p, keep_z)  # fmt: skip
-
-
-def _forward(
-    x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, z, mean, rstd); z is empty unless keep_z, mean is empty for RMSNorm."""
-    spec = _spec(x, residual, weight, bias, cols, eps, rms, unit_offset, dropout_p, keep_z)
-    module = dispatch.resolve("norm", spec, backend)
-    return module.forward(spec, x, residual, weight, bias, seed)
-
-
-def _backward(
-    dy, dz, z, weight, mean, rstd, seed, cols, eps, rms, unit_offset, dropout_p, add, wants, backend
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dresidual, dweight, dbias); what `wants` (weight, bias) leaves out is empty. dresidual is empty
-    where it equals dx."""
-    spec = _spec(z, dy if add else None, weight, None, cols, eps, rms, unit_offset, dropout_p, False)
-    module = dispatch.resolve("norm", spec, backend)
-    return module.backward(spec, dy, dz, z, weight, mean, rstd, seed, wants)
+    dtype = x.dtype if residual is None else residual.dtype
+    return NormSpec(dtype, None if affine is None else affine.dtype, x.device.type, rows, cols, eps,
+                    rms, unit_offset, residual is not None, dropout_p, keep_z, x.dtype)  # fmt: skip
 
 
 class _NormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z,
-                backend):  # fmt: skip
-        y, z, mean, rstd = _forward(
-            x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend
-        )
-        _save(ctx, x, residual, weight, bias, seed, z, mean, rstd)
-        ctx.options = (cols, eps, rms, unit_offset, dropout_p, residual is not None)
-        ctx.backend = backend
+    def forward(ctx, x, residual, weight, bias, seed, plan):
+        spec = plan.spec
+        module = dispatch.resolve("norm", spec, plan.backend)
+        y, z, statistics = module.forward(spec, x, residual, weight, bias, seed)
+        ctx.plan = plan
+        if not spec.add:
+            ctx.save_for_backward(x, weight, statistics, None)
+            return y
+        # z is an output even where the caller does not see it: saved, it keeps its place in the
+        # graph, which the second derivative needs.
+        ctx.save_for_backward(z, weight, statistics, seed)
         ctx.set_materialize_grads(False)
         return y, z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dz):
-        return _gradients(ctx, dy, dz, _backward)
+    def backward(ctx, dy, dz=None):
+        z, weight, statistics, seed = ctx.saved_tensors
+        if dy is None:
+            if dz is None:
+                return (None,) * 6
+            dy = torch.zeros_like(z)
+        spec, need = ctx.plan.spec, ctx.needs_input_grad
+        wants = (need[0] or need[1], need[2], need[3])
+        if torch.is_grad_enabled():
+            gradients = _differentiable(spec, dy, dz, z, weight, seed, wants)
+        else:
+            module = dispatch.resolve("norm", spec, ctx.plan.backend)
+            gradients = module.backward(spec, dy, dz, z, weight, statistics, seed, wants)
+        return (*_as_inputs(gradients, spec.add, ctx.plan.dims), None, None)
 
 
-def _save(ctx, x, residual, weight, bias, seed, z, mean, rstd) -> None:
-    ctx.save_for_backward(x if residual is None else z, weight, mean, rstd, seed)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+_apply = direct_apply(_NormFunction)
 
 
-def _gradients(ctx, dy, dz, backward):
-    """Gradients in the order of the op's arguments, from ctx as `_save` left it."""
-    if dy is None and dz is None:
-        return (None,) * 12
-    z, weight, mean, rstd, seed = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(z)
-    wants = [ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-    add = ctx.options[-1]
-    dx, dresidual, dweight, dbias = backward(
-        dy, dz if add else None, z, weight, mean, rstd, seed, *ctx.options, wants, ctx.backend
-    )
-    if add and dresidual.numel() == 0:
+def _as_inputs(gradients, add, dims):
+    """(dx, dresidual, dweight, dbias) as the inputs are: with the residual's gradient where it is
+    x's, and dims of weight and bias that the backend sees as one."""
+    dx, dresidual, dweight, dbias = gradients
+    if not add:
+        dresidual = None
+    elif dresidual is None:
         dresidual = dx
-    if wants[1] and dbias.dtype != ctx.bias_dtype:
-        dbias = dbias.to(ctx.bias_dtype)
-    return (dx, dresidual if add else None, dweight if wants[0] else None, dbias if wants[1] else None,
-            None, None, None, None, None, None, None, None)  # fmt: skip
+    if len(dims) > 1:
+        dweight = None if dweight is None else dweight.reshape(dims)
+        dbias = None if dbias is None else dbias.reshape(dims)
+    return dx, dresidual, dweight, dbias
 
 
-def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, seed, *options = inputs
-    _, z, mean, rstd = output
-    _save(ctx, x, residual, weight, bias, seed, z, mean, rstd)
-    cols, eps, rms, unit_offset, dropout_p, _, ctx.backend = options
-    ctx.options = (cols, eps, rms, unit_offset, dropout_p, residual is not None)
+def _differentiable(spec, dy, dz, z, weight, seed, wants):
+    """The gradients as a graph (create_graph=True): the reference formula, differentiated by torch.
+
+    Views stand for z and weight, so that a weight computed from z is not followed back to z here.
+    """
+    plain = spec._replace(add=False, dropout_p=0.0, keep_z=False, x_dtype=spec.dtype)
+    z, weight = z.view_as(z), None if weight is None else weight.view_as(weight)
+    y, _, _ = dispatch.module_of("reference", "norm").forward(plain, z, None, weight, None, None)
+    inputs = [t for t in (z, weight) if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True) if inputs else ())
+    gradient = next(found) if z.requires_grad else torch.zeros_like(z)
+    dweight = dbias = None
+    if weight is not None and weight.requires_grad:
+        dweight = next(found)
+    if wants[2]:
+        total = dy.reshape(spec.rows, spec.cols).to(numerics.compute_dtype(dy.dtype)).sum(0)
+        dbias = total.to(spec.weight_dtype)
+    if dz is not None:
+        gradient = gradient + dz
+    if spec.dropout_p == 0.0:
+        return gradient.to(spec.x_dtype), gradient, dweight, dbias
+    keep = random.flat_keep_mask(seed, (spec.rows, spec.cols), spec.dropout_p).reshape(z.shape)
+    dx = torch.where(keep, gradient * random.scale(spec.dropout_p), 0.0)
+    return dx.to(spec.x_dtype), gradient, dweight, dbias
+
+
+def _forward(
+    x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, z, statistics): z is empty unless keep_z; statistics [2, rows] mean and rstd, [1, rows]
+    rstd for RMSNorm."""
+    spec = _spec(x, residual, weight, bias, cols, eps, rms, unit_offset, dropout_p, keep_z)
+    module = dispatch.resolve("norm", spec, backend)
+    return _dense(x, *module.forward(spec, x, residual, weight, bias, seed))
+
+
+def _backward(dy, dz, z, weight, statistics, seed, cols, eps, rms, unit_offset, dropout_p, add,
+              x_dtype, affine_dtype, wants, backend):  # fmt: skip
+    """(dx, dresidual, dweight [cols], dbias [cols]); empty where `wants` (x or residual, weight,
+    bias) leaves it out, and dresidual where it is dx."""
+    spec = _spec(z, None, None, None, cols, eps, rms, unit_offset, dropout_p, add)
+    spec = spec._replace(add=add, x_dtype=x_dtype, weight_dtype=affine_dtype)
+    module = dispatch.resolve("norm", spec, backend)
+    return _dense(z, *module.backward(spec, dy, dz, z, weight, statistics, seed, wants))
+
+
+def _dense(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if t is None else t for t in outputs)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, _, ctx.backend = inputs
+    _, z, statistics = output
+    affine = weight if weight is not None else bias
+    ctx.save_for_backward(x if residual is None else z, weight, statistics, seed)
+    ctx.options = (cols, eps, rms, unit_offset, dropout_p, residual is not None, x.dtype,
+                   None if affine is None else affine.dtype)  # fmt: skip
+    ctx.dims = () if affine is None else affine.shape
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dy, dz, _dmean, _drstd):
-    return _gradients(ctx, dy, dz, torch.ops.llmkern.norm_backward)
+def _autograd(ctx, dy, dz, _):
+    if dy is None and dz is None:
+        return (None,) * 12
+    z, weight, statistics, seed = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(z)
+    need, add = ctx.needs_input_grad, ctx.options[5]
+    wants = [need[0] or need[1], need[2], need[3]]
+    dx, dresidual, dweight, dbias = torch.ops.llmkern.norm_backward(
+        dy, dz if add else None, z, weight, statistics, seed, *ctx.options, wants, ctx.backend
+    )
+    if dresidual.numel() == 0:
+        dresidual = None
+    gradients = (dx, dresidual, dweight if need[2] else None, dbias if need[3] else None)
+    dx, dresidual, dweight, dbias = _as_inputs(gradients, add, ctx.dims)
+    return (dx if need[0] else None, dresidual if need[1] else None, dweight, dbias, *(None,) * 8)
 
 
-def _statistics(x: Tensor, cols: int, rms: bool) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // cols if cols else x.shape[:1].numel()
-    dtype = numerics.compute_dtype(x.dtype)
-    return x.new_empty(0 if rms else rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
+def _no_second_derivative(ctx, *gradients):
+    raise BackendError(
+        "norm: second derivatives are there in eager mode, not under torch.compile or dispatch modes"
+    )
 
 
 def _fake(x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend):
-    mean, rstd = _statistics(x, cols, rms)
-    y = x.new_empty(x.shape)
-    return y, x.new_empty(x.shape if keep_z else (0,)), mean, rstd
+    rows = x.numel() // cols if cols else x.shape[:1].numel()
+    z = x if residual is None else residual
+    statistics = x.new_empty((1 if rms else 2, rows), dtype=numerics.compute_dtype(z.dtype))
+    return z.new_empty(x.shape), z.new_empty(x.shape if keep_z else (0,)), statistics
 
 
-def _fake_backward(
-    dy, dz, z, weight, mean, rstd, seed, cols, eps, rms, unit_offset, dropout_p, add, wants, backend
-):
-    dtype = z.dtype if weight is None else weight.dtype
-    shape = z.shape[-1:] if weight is None else weight.shape
-    dweight = z.new_empty(shape if wants[0] else (0,), dtype=dtype)
-    dbias = z.new_empty(shape if wants[1] else (0,), dtype=dtype)
-    dresidual = z.new_empty(z.shape if add and dropout_p > 0.0 else (0,))
-    return z.new_empty(z.shape), dresidual, dweight, dbias
+def _fake_backward(dy, dz, z, weight, statistics, seed, cols, eps, rms, unit_offset, dropout_p, add,
+                   x_dtype, affine_dtype, wants, backend):  # fmt: skip
+    own = add and wants[0] and (dropout_p > 0.0 or x_dtype != z.dtype)
+    affine = z.dtype if affine_dtype is None else affine_dtype
+    return (
+        z.new_empty(z.shape if wants[0] else (0,), dtype=x_dtype if wants[0] else None),
+        z.new_empty(z.shape if own else (0,)),
+        z.new_empty((cols,) if wants[1] else (0,), dtype=affine if wants[1] else None),
+        z.new_empty((cols,) if wants[2] else (0,), dtype=affine if wants[2] else None),
+    )
 
 
-_OPTIONS = "int cols, float eps, bool rms, bool unit_offset, float dropout_p, "
+_OPTIONS = "SymInt cols, float eps, bool rms, bool unit_offset, float dropout_p, "
 define(
     "norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, "
-    + _OPTIONS
-    + "bool keep_z, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}bool keep_z, str? backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     _autograd,
@@ -299,9 +440,10 @@ define(
 )
 define(
     "norm_backward",
-    "(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor mean, Tensor rstd, Tensor? seed, "
-    + _OPTIONS
-    + "bool add, bool[] wants, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor statistics, Tensor? seed, "
+    f"{_OPTIONS}bool add, ScalarType x_dtype, ScalarType? affine_dtype, bool[] wants, "
+    "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    _no_second_derivative,
 )

@@ -1,9 +1,11 @@
 // LayerNorm and RMSNorm over the last dimension, with an optional dropout + residual add in front:
 //
 //   z = drop(x) + residual                       (z = x without residual and dropout)
-//   layer norm: y = (z - mean(z)) * rstd * w + b,  rstd = 1 / sqrt(var(z) + eps)   (biased
-//   variance) rms norm:   y = z * rstd * w,                  rstd = 1 / sqrt(mean(z^2) + eps) w =
-//   weight + 1 with unit_offset; y is rounded once, from float.
+//   layer norm: y = (z - mean(z)) * rstd * w + b,  rstd = 1 / sqrt(var(z) + eps), biased variance
+//   rms norm:   y = z * rstd * w,                  rstd = 1 / sqrt(mean(z^2) + eps)
+//
+// w = weight + 1 with unit_offset. z is rounded to its dtype before it is normalised, since the
+// next layer reads that; y is rounded once, from float.
 //
 // Ba et al., "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square Layer
 // Normalization", 2019.
@@ -14,8 +16,9 @@
 namespace llmkern {
 
 struct NormShape {
-  DType dtype;         // of x, residual, z, y and their gradients
-  DType weight_dtype;  // of weight, bias; the dtype of x, or float32
+  DType dtype;         // of residual, z, y and their gradients
+  DType x_dtype;       // of x and dx: dtype, or 16-bit beside a float32 residual
+  DType weight_dtype;  // of weight, bias: dtype, or float32
   int64_t rows, cols;
   double eps;
   bool rms, unit_offset;
@@ -50,10 +53,10 @@ struct NormBwdArgs {
   const void* dy;
   int64_t dy_stride;
   const void* dz;         // null, or the gradient that reached z itself (prenorm); contiguous
-  void* dx;               // contiguous; includes the dropout mask
-  void* dresidual;        // null: not wanted, or the same as dx
+  void* dx;               // null: not wanted; else contiguous, x_dtype, with the dropout mask
+  void* dresidual;        // null: not wanted, or the same as dx; else contiguous
   void *dweight, *dbias;  // null: not wanted; weight_dtype
-  void* scratch;          // kNormBwdChunks * 2 * cols compute-type values
+  void* scratch;          // 2 * cols compute-type values for each chunk: min(rows, kNormBwdChunks)
 };
 
 }  // namespace llmkern

@@ -31,14 +31,14 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     z = _rows(x, spec)
     if spec.dropout_p > 0.0:
         z = torch.where(_keep(spec, seed), z * random.scale(spec.dropout_p), 0.0)
     if residual is not None:
         # The sum is the stream that the next layer reads: rounded before it is normalised.
         z = (z + _rows(residual, spec)).to(spec.dtype).to(z.dtype)
-    mean = z.mean(1) if not spec.rms else z.new_empty(0)
+    mean = z.mean(1)
     centred = z if spec.rms else z - mean[:, None]
     rstd = (centred.square().mean(1) + spec.eps).rsqrt()
     y = centred * rstd[:, None]
@@ -46,8 +46,9 @@ def forward(
         y = y * _scale(weight, spec)
     if bias is not None:
         y = y + bias.reshape(-1).to(y.dtype)
-    kept = z.to(spec.dtype).reshape(x.shape) if spec.keep_z else x.new_empty(0)
-    return y.to(spec.dtype).reshape(x.shape), kept, mean, rstd
+    kept = z.to(spec.dtype).reshape(x.shape) if spec.keep_z else None
+    statistics = torch.stack([rstd] if spec.rms else [mean, rstd])
+    return y.to(spec.dtype).reshape(x.shape), kept, statistics
 
 
 def backward(
@@ -56,27 +57,30 @@ def backward(
     dz: Tensor | None,
     z: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     seed: Tensor | None,
-    wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     d = _rows(dy, spec)
-    centred = _rows(z, spec) if spec.rms else _rows(z, spec) - mean[:, None]
-    xhat = centred * rstd[:, None]
+    centred = _rows(z, spec) if spec.rms else _rows(z, spec) - statistics[0, :, None]
+    rstd = statistics[-1, :, None]
+    xhat = centred * rstd
+    affine_dtype = spec.dtype if spec.weight_dtype is None else spec.weight_dtype
+    dweight = (d * xhat).sum(0).to(affine_dtype) if wants[1] else None
+    dbias = d.sum(0).to(affine_dtype) if wants[2] else None
+    if not wants[0]:
+        return None, None, dweight, dbias
     g = d if weight is None else d * _scale(weight, spec)
     gradient = g - xhat * (g * xhat).mean(1, keepdim=True)
     if not spec.rms:
         gradient = gradient - g.mean(1, keepdim=True)
-    gradient = gradient * rstd[:, None]
+    gradient = gradient * rstd
     if dz is not None:
         gradient = gradient + _rows(dz, spec)
-    empty = z.new_empty(0)
-    like = z.new_empty(spec.cols) if weight is None else weight
-    dweight = (d * xhat).sum(0).to(like.dtype).reshape(like.shape) if wants[0] else empty
-    dbias = d.sum(0).to(like.dtype).reshape(like.shape) if wants[1] else empty
-    dresidual = gradient.to(spec.dtype).reshape(z.shape)
-    if spec.dropout_p == 0.0:
-        return dresidual, empty, dweight, dbias
-    dx = torch.where(_keep(spec, seed), gradient * random.scale(spec.dropout_p), 0.0)
-    return dx.to(spec.dtype).reshape(z.shape), dresidual, dweight, dbias
+    dx = gradient
+    if spec.dropout_p > 0.0:
+        dx = torch.where(_keep(spec, seed), gradient * random.scale(spec.dropout_p), 0.0)
+    dx = dx.to(spec.x_dtype).reshape(z.shape)
+    if not spec.add or (spec.dropout_p == 0.0 and spec.x_dtype == spec.dtype):
+        return dx, None, dweight, dbias
+    return dx, gradient.to(spec.dtype).reshape(z.shape), dweight, dbias
