@@ -23,7 +23,10 @@ DTYPES = {
 }
 BACKENDS = ("cpu", "reference")
 
-NORM = NormSpec(torch.float32, torch.float32, "cpu", 8, 64, 1e-5, False, False, False, 0.0, False)
+NORM = NormSpec(
+    torch.float32, torch.float32, "cpu", 8, 64, 1e-5,
+    rms=False, unit_offset=False, add=False, dropout_p=0.0, keep_z=False, x_dtype=torch.float32,
+)  # fmt: skip
 ATTENTION = AttentionSpec(
     torch.float32, "cpu", 2, 4, 4, 16, 16, 64, 64, 0.125, 0.0, 0, UNBOUNDED, UNBOUNDED, 0.0,
     bias=False, mask=False, key_mask=False, slopes=False, sinks=False,

@@ -405,7 +405,7 @@ def _autograd(ctx, dy, dz, _):
 
 def _no_second_derivative(ctx, *gradients):
     raise BackendError(
-        "norm: second derivatives are there in eager mode, not under torch.compile or dispatch modes"
+        "norm: second derivatives need plain eager mode, not torch.compile or dispatch modes"
     )
 
 
