@@ -36,7 +36,7 @@ def plain_eager(*tensors: Tensor | None) -> bool:
 def in_functorch() -> bool:
     """True inside torch.func (grad, vmap, jvp ...), which cannot differentiate torch.library ops:
     there the reference backend's plain torch runs, which all of it understands."""
-    return peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
