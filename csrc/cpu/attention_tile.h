@@ -79,7 +79,7 @@ struct RescaleAddTo {
 // at A(m0, 0).
 template <AOrder kOrder, int R, int NV, bool kTail, class C, class Emit>
 static inline void tile(int64_t depth, const C* a, int64_t lda, const C* b, int64_t ldb, int tail,
-                        int64_t m0, const Emit& emit) {
+                        int64_t m0, Emit emit) {
   using V = Vec<C>;
   V acc[R][NV];
 #pragma GCC unroll 16
