@@ -47,7 +47,7 @@ def right(t):
 
 
 def run_one(case, **options):
-    return runner.run_case(case, runner.Options(**options), peak.Peaks(None))
+    return runner.run_case(case, runner.Options(**options))
 
 
 def timed_row(case_id="kernels/a", ours=100.0, eager=200.0, spread=0.01, status="ok"):
@@ -365,6 +365,10 @@ def test_roofline_takes_the_larger_term():
     peaks.flops_per_s = lambda dtype, threads: 1e9
     peaks.bytes_per_s = lambda nbytes, threads: 1e9
     assert roofline.bound(Cost(2e9, 1e9), "fp32", 1, peaks).kind == "compute"
+    row = timed_row(ours=4e6)
+    row.flops, row.nbytes = 1e9, 2e9
+    roofline.hold(row, peaks)
+    assert (row.bound, row.peak_share) == ("memory", pytest.approx(0.5))
     limit = roofline.bound(Cost(1e9, 2e9), "fp32", 1, peaks)
     assert (limit.kind, limit.time_us) == ("memory", pytest.approx(2e6))
 
@@ -377,6 +381,9 @@ def test_peaks_are_measured_by_the_extension():
     assert peaks.flops_per_s("fp32", 1) > 1e8
     assert peaks.flops_per_s("bf16", 1) > 1e8
     assert peaks.bytes_per_s(2**16, 1) > 1e7
+    first = dict(peaks.flops)
+    peaks.again()
+    assert all(peaks.flops[key] >= first[key] for key in first)
     assert extension.isa() == before
 
 

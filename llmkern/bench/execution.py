@@ -13,7 +13,7 @@ import torch
 
 import llmkern
 from llmkern.backends.cpu import _ext
-from llmkern.bench import machine, memory_sweep, registry, runner, store
+from llmkern.bench import machine, memory_sweep, registry, roofline, runner, store
 from llmkern.bench.peak import Peaks
 from llmkern.bench.requirements import require
 from llmkern.bench.suites import kernels, modules, train
@@ -75,7 +75,7 @@ def execute(options: argparse.Namespace, console: Any) -> store.Run:
         for suite in ("modules", "kernels"):
             if suite in suites:
                 cases = cases_of(suite, options)
-                run.rows += _run_cases(suite, cases, run_options, peaks, console)
+                run.rows += _run_cases(suite, cases, run_options, console)
     if not options.tune_allocator:
         cases = [
             tuned(c)
@@ -85,7 +85,10 @@ def execute(options: argparse.Namespace, console: Any) -> store.Run:
             if "allocator" in c.tags
         ]
         if cases and llmkern.tune_allocator().applied:  # last: it cannot be wholly undone
-            run.rows += _run_cases("tuned", cases, run_options, peaks, console)
+            run.rows += _run_cases("tuned", cases, run_options, console)
+    peaks.again()
+    for row in run.rows:
+        roofline.hold(row, peaks)
     run.machine["peaks"] = {"flops": peaks.flops, "bandwidth": peaks.bandwidth}
     run.machine["load_after"] = machine.load_average()
     run.machine["seconds"] = time.monotonic() - began
@@ -124,7 +127,6 @@ def _run_cases(
     suite: str,
     cases: list[registry.Case],
     run_options: runner.Options,
-    peaks: Peaks,
     console: Any,
 ) -> list[store.Row]:
     with _progress(console, len(cases), "cases") as bar:
@@ -134,7 +136,7 @@ def _run_cases(
         for case in cases:
             bar.update(task, description=case.id)
             _announce(console, f"[{len(rows) + 1}/{len(cases)}] {case.id}")
-            rows.append(runner.run_case(case, run_options, peaks))
+            rows.append(runner.run_case(case, run_options))
             bar.advance(task)
     return rows
 

@@ -17,8 +17,9 @@ import torch
 
 _DTYPE_CODES = {"fp32": 0, "bf16": 1, "fp64": 3}  # llmkern::DType
 _MOVES = {"read": (0, 1), "copy": (1, 2), "copy stream": (2, 2)}  # ProbeMove, times a byte moves
-_TRIES = 7
-_TRY_S = 0.01
+# Many short tries: one that fits between two time slices of the scheduler is undisturbed.
+_TRIES = 40
+_TRY_S = 0.002
 _SMALLEST_BYTES = 2**15
 _LARGEST_BYTES = 2**28
 _ALIGNMENT = 64
@@ -78,6 +79,18 @@ class Peaks:
             for move in _MOVES:
                 for size in (2**18, 2**22, _LARGEST_BYTES):
                     self.bandwidth_of(move, size, count)
+
+    def again(self) -> None:
+        """Measure everything once more and keep the better of the two."""
+        flops, bandwidth = self.flops, self.bandwidth
+        self.flops, self.bandwidth = {}, {}
+        for key, before in flops.items():
+            isa, dtype, threads = key.split()
+            flops[key] = max(before, self.flops_of(isa, dtype, int(threads)))
+        for key, before in bandwidth.items():
+            move, nbytes, threads = key.rsplit(" ", 2)
+            bandwidth[key] = max(before, self.bandwidth_of(move, int(nbytes), int(threads)))
+        self.flops, self.bandwidth = flops, bandwidth
 
     def _measure_flops(self, isa: str, dtype: str, threads: int) -> float:
         assert self._extension is not None

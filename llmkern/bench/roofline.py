@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmkern.bench.peak import Peaks
-from llmkern.bench.registry import Cost
+from llmkern.bench.registry import OURS, Cost
+from llmkern.bench.store import Row
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,13 @@ def bound(cost: Cost, dtype: str, threads: int, peaks: Peaks) -> Bound | None:
     memory_us = cost.nbytes / bytes_per_s * 1e6
     kind = "compute" if compute_us >= memory_us else "memory"
     return Bound(max(compute_us, memory_us), kind, flops_per_s, bytes_per_s)
+
+
+def hold(row: Row, peaks: Peaks) -> None:
+    """Fill in what bounds a measured row and its share of that bound."""
+    median = row.median_us(OURS)
+    if median is None or not (row.flops or row.nbytes):
+        return
+    limit = bound(Cost(row.flops, row.nbytes), row.dtype, row.threads, peaks)
+    if limit is not None:
+        row.bound, row.peak_share = limit.kind, limit.time_us / median

@@ -1,19 +1,16 @@
-"""Runs cases: gate, then interleaved timing, then memory, then the roofline; one Row for each."""
+"""Runs a case: gate, then interleaved timing, then memory. One Row comes of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from llmkern.backends.cpu import _ext
-from llmkern.bench import gate, memory, roofline, timers
-from llmkern.bench.peak import Peaks
+from llmkern.bench import gate, memory, timers
 from llmkern.bench.registry import (
     DTYPE_NAMES,
-    OURS,
     Case,
     Step,
     Tensors,
@@ -44,20 +41,7 @@ def isa_in_use() -> str:
     return module.isa() if module is not None else ""
 
 
-def run_cases(
-    cases: Sequence[Case],
-    options: Options,
-    peaks: Peaks,
-    progress: Callable[[Case], None] = lambda case: None,
-) -> list[Row]:
-    rows = []
-    for case in cases:
-        progress(case)
-        rows.append(run_case(case, options, peaks))
-    return rows
-
-
-def run_case(case: Case, options: Options, peaks: Peaks) -> Row:
+def run_case(case: Case, options: Options) -> Row:
     row = Row(
         id=case.id,
         suite=case.suite,
@@ -94,7 +78,6 @@ def run_case(case: Case, options: Options, peaks: Peaks) -> Row:
         row.error_ours = row.error_ours if row.error_ours != float("inf") else None
         return row
     _measure(case, tensors, options, row)
-    _hold_against_roofline(case, row, peaks)
     return row
 
 
@@ -137,12 +120,3 @@ def _prepare(
         result.reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return None
     return step
-
-
-def _hold_against_roofline(case: Case, row: Row, peaks: Peaks) -> None:
-    median = row.median_us(OURS)
-    if median is None or not (case.cost.flops or case.cost.nbytes):
-        return
-    limit = roofline.bound(case.cost, row.dtype, row.threads, peaks)
-    if limit is not None:
-        row.bound, row.peak_share = limit.kind, limit.time_us / median

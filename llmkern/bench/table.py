@@ -12,7 +12,7 @@ from llmkern.bench import text
 from llmkern.bench.registry import EAGER, OURS
 from llmkern.bench.store import Change, Row, Run
 
-MIN_WIDTH = 180  # of a pipe or a file, which has no width of its own
+MIN_WIDTH = 210  # of a pipe or a file, which has no width of its own
 
 
 def console() -> Console:
