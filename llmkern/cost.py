@@ -5,7 +5,14 @@ Bytes: every input read once, every output written once. It bounds a call, it do
 
 from typing import NamedTuple
 
-from llmkern.specs import UNBOUNDED, AttentionSpec, LinearSpec, NormSpec
+from llmkern.specs import (
+    UNBOUNDED,
+    ActivationSpec,
+    AttentionSpec,
+    DropoutSpec,
+    LinearSpec,
+    NormSpec,
+)
 
 
 class Cost(NamedTuple):
@@ -55,4 +62,20 @@ def _linear(spec: LinearSpec) -> Cost:
     return Cost(parts * 2 * m * n * k, elements * spec.dtype.itemsize)
 
 
-_COSTS = {"linear": _linear, "norm": _norm, "attention": _attention}
+def _dropout(spec: DropoutSpec) -> Cost:
+    # A Philox call of 7 rounds, 10 integer operations each, serves 8 elements.
+    return Cost(10 * spec.elements, 2 * spec.elements * spec.dtype.itemsize)
+
+
+def _activation(spec: ActivationSpec) -> Cost:
+    operations = {"relu": 1, "gelu": 30, "gelu_tanh": 25, "silu": 20}[spec.activation]
+    return Cost(operations * spec.elements, 2 * spec.elements * spec.dtype.itemsize)
+
+
+_COSTS = {
+    "activation": _activation,
+    "attention": _attention,
+    "dropout": _dropout,
+    "linear": _linear,
+    "norm": _norm,
+}

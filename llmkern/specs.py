@@ -65,3 +65,21 @@ class LinearSpec(NamedTuple):
     residual: bool
     dropout_p: float
     keep_preact: bool  # backward needs the values that went into the activation
+
+
+class DropoutSpec(NamedTuple):
+    """One dropout call. p is below 1 or exactly 1, which drops everything."""
+
+    dtype: torch.dtype
+    device: str
+    elements: int
+    p: float
+
+
+class ActivationSpec(NamedTuple):
+    """One element-wise activation call."""
+
+    dtype: torch.dtype
+    device: str
+    elements: int
+    activation: str  # "relu", "gelu", "gelu_tanh", "silu"

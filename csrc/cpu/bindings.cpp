@@ -45,6 +45,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("isa", [] { return table().isa; });
   select_isa(isa_names()[0].cast<std::string>());
   bind_attention(m);
+  bind_elementwise(m);
   bind_norm(m);
   bind_probe(m);
 }

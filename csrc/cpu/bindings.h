@@ -18,6 +18,7 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_attention(py::module_& m);
+void bind_elementwise(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_probe(py::module_& m);
 

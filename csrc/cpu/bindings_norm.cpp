@@ -6,7 +6,6 @@ namespace {
 // (dtype, x_dtype, weight_dtype, rows, cols, eps, rms, unit_offset, drop_threshold), made once for
 // a spec by backends/cpu/norm.py.
 NormShape shape_of(const py::tuple& t, uintptr_t seed) {
-  const auto threshold = t[8].cast<uint32_t>();
   return {static_cast<DType>(t[0].cast<int>()),
           static_cast<DType>(t[1].cast<int>()),
           static_cast<DType>(t[2].cast<int>()),
@@ -15,8 +14,7 @@ NormShape shape_of(const py::tuple& t, uintptr_t seed) {
           t[5].cast<double>(),
           t[6].cast<bool>(),
           t[7].cast<bool>(),
-          threshold,
-          threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f,
+          t[8].cast<uint32_t>(),
           pointer<const int64_t>(seed)};
 }
 

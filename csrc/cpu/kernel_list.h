@@ -2,13 +2,17 @@
 #pragma once
 
 #include "llmkern/attention.h"
+#include "llmkern/elementwise.h"
 #include "llmkern/norm.h"
 #include "llmkern/probe.h"
 
-#define LLMKERN_CPU_KERNELS(X)       \
-  X(attention_bwd, AttentionBwdArgs) \
-  X(attention_fwd, AttentionFwdArgs) \
-  X(norm_fwd, NormFwdArgs)           \
-  X(norm_bwd, NormBwdArgs)           \
-  X(probe_fma, ProbeFmaArgs)         \
+#define LLMKERN_CPU_KERNELS(X)         \
+  X(activation_bwd, ActivationBwdArgs) \
+  X(activation_fwd, ActivationFwdArgs) \
+  X(attention_bwd, AttentionBwdArgs)   \
+  X(attention_fwd, AttentionFwdArgs)   \
+  X(dropout, DropoutArgs)              \
+  X(norm_fwd, NormFwdArgs)             \
+  X(norm_bwd, NormBwdArgs)             \
+  X(probe_fma, ProbeFmaArgs)           \
   X(probe_move, ProbeMoveArgs)

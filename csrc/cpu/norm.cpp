@@ -8,9 +8,9 @@
 
 #include <cmath>
 
+#include "columns.h"
 #include "parallel.h"
 #include "simd/dropout.h"
-#include "simd/vec.h"
 
 namespace llmkern {
 namespace LLMKERN_ISA {
@@ -31,28 +31,6 @@ constexpr int64_t kStreamBytes = int64_t{1} << 25;
 
 int64_t row_grain(const NormShape& s) {
   return s.cols > 0 ? max_of<int64_t>(1, kGrainElements / s.cols) : 1;
-}
-
-// f(column, lanes) over the row; lanes < kLanes only for the tail. Inlined twice, so that in the
-// main loop `lanes` is a constant and the masked forms vanish.
-template <int kLanes, class F>
-inline void for_columns(int64_t cols, const F& f) {
-  int64_t j = 0;
-  for (; j + kLanes <= cols; j += kLanes) f(j, kLanes);
-  if (j < cols) f(j, static_cast<int>(cols - j));
-}
-
-template <class V, class T>
-inline V load(const T* p, int lanes) {
-  return lanes == V::kLanes ? V::load(p) : V::load_n(p, lanes);
-}
-template <class V, class T>
-inline void store(T* p, V v, int lanes) {
-  if (lanes == V::kLanes) {
-    v.store(p);
-  } else {
-    v.store_n(p, lanes);
-  }
 }
 
 // Rows that can and should be written around the cache: float, whole vectors, aligned.
@@ -77,7 +55,8 @@ inline void store_out(T* p, V v, int lanes) {
 }
 
 FlatDropout dropout_of(const NormShape& s) {
-  return {s.drop_threshold ? static_cast<uint64_t>(*s.seed) : 0, s.drop_threshold, s.drop_scale};
+  return {s.drop_threshold ? static_cast<uint64_t>(*s.seed) : 0, s.drop_threshold,
+          keep_scale<float>(s.drop_threshold)};
 }
 
 // f(column, value of drop(x) there, lanes) over a row; a dropped element is 0 even where x is Inf
@@ -85,7 +64,7 @@ FlatDropout dropout_of(const NormShape& s) {
 template <class V, class X, class F>
 void for_dropped(const NormShape& s, int64_t row, const X* x, const F& f) {
   const FlatDropout drop = dropout_of(s);
-  const V scale = V::set1(static_cast<typename V::Scalar>(s.drop_scale));
+  const V scale = V::set1(keep_scale<typename V::Scalar>(s.drop_threshold));
   KeepBits<kDropColumns> bits;
   for (int64_t begin = 0; begin < s.cols; begin += kDropColumns) {
     const int64_t n = min_of<int64_t>(kDropColumns, s.cols - begin);

@@ -65,7 +65,7 @@ int run() {
   const int64_t carry = int64_t{8} << 32;
   const int64_t firsts[] = {0, 1, 7, 8, 9, 1000003, carry - 1, carry - 17, carry - 640, carry};
   const int64_t lengths[] = {1, 7, 8, kFlatBlock - 1, kFlatBlock, kFlatBlock + 1, 1025, 2048};
-  const uint32_t thresholds[] = {1, 6554, 32768, 65535};
+  const uint32_t thresholds[] = {1, 6554, 32768, 65535, 65536};
   for (int64_t first : firsts)
     for (int64_t n : lengths)
       for (uint32_t threshold : thresholds) check_range(first, n, threshold);

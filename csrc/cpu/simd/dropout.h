@@ -89,9 +89,15 @@ struct KeepBits {
   }
 };
 
+// Factor of a kept element, in the type that it is multiplied in.
+template <class C>
+static inline C keep_scale(uint32_t threshold) {
+  return threshold < 65536 ? C(65536) / static_cast<C>(65536 - threshold) : C(0);
+}
+
 struct FlatDropout {
   uint64_t seed;
-  uint32_t threshold;  // at most 65535: p = 1 has no kept element and needs no decisions
+  uint32_t threshold;  // of 65536; 65536 keeps nothing
   float scale;
 
   template <int kElements>
@@ -100,6 +106,10 @@ struct FlatDropout {
     const uint64_t end = (static_cast<uint64_t>(first + n) + 7) / 8;
     out->first_bit = static_cast<int>(first % 8);
     uint8_t* bytes = out->bytes;
+    if (threshold == 65536) {  // the 16-bit comparison cannot say "none"
+      std::memset(bytes, 0, sizeof(out->bytes));
+      return;
+    }
     for (uint64_t counter = begin; counter < end; counter += VecU::kLanes) {
       const VecU base = VecU::set1(static_cast<uint32_t>(counter));
       const VecU low = base + counter_lanes();

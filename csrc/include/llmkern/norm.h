@@ -24,7 +24,6 @@ struct NormShape {
   bool rms, unit_offset;
   uint32_t drop_threshold;  // of 65536; 0: no dropout. Element index row * cols + col
                             // (llmkern/random.py)
-  float drop_scale;
   const int64_t* seed;
 };
 

@@ -80,6 +80,18 @@ def rows_of(t: torch.Tensor, rows: int, cols: int) -> tuple[torch.Tensor, int]:
     return flat, flat.stride(0)
 
 
+def plane_of(t: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """`t` as rows with column stride 1: (tensor, rows, cols, row stride).
+
+    A contiguous tensor is one row. A copy where no view can, or where rows would be short.
+    """
+    if not t.is_contiguous() and t.dim() and t.shape[-1] >= 64 and t.stride(-1) == 1:
+        flat = t.reshape(-1, t.shape[-1])
+        if not flat.is_contiguous():
+            return flat, flat.shape[0], flat.shape[1], flat.stride(0)
+    return t.contiguous(), 1, t.numel(), t.numel()
+
+
 def address(t: torch.Tensor | None) -> int:
     """The address that the bindings take; 0 for None."""
     return 0 if t is None else t.data_ptr()
