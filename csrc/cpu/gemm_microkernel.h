@@ -1,0 +1,94 @@
+// The register tile of the matrix product:
+//
+//   C[i][j] = or += sum over kc of A(i, k) * B(k, j),   i < MR, j < NR
+//
+// B is a packed panel, NR values a step of k. A is a packed panel (MR values a step) or rows of the
+// operand itself. C has NR columns of room in each row. There is no branch in k, and an element is
+// one chain of fused multiply-adds over k, whatever its place in the tile: results do not depend on
+// how the matrix is cut.
+//
+// Tile sizes: 12 accumulators + 2 of B + 1 of A of the 16 AVX2 registers (6 x 2 vectors: 12 chains
+// cover 4 cycles of latency x 2 ports); 28 + 2 of the 32 AVX-512 registers (14 x 2 vectors, A
+// broadcast by the multiply-add itself).
+#pragma once
+
+#include "simd/vec.h"
+
+namespace llmkern {
+namespace LLMKERN_ISA {
+
+template <class C>
+struct Tile {
+  static constexpr int kLanes = Vec<C>::kLanes;
+  static constexpr int kRows = kLanes * sizeof(C) == 64 ? 14 : 6;  // MR
+  static constexpr int kVectors = 2;
+  static constexpr int kCols = kVectors * kLanes;  // NR
+};
+
+// Where A(i, k) is: packed panels step by MR, rows of the operand by 1.
+template <class C>
+struct PackedRows {
+  const C* p;
+  const C* at(int i) const { return p + i; }
+  void next() { p += Tile<C>::kRows; }
+};
+template <class C>
+struct StridedRows {
+  const C* p;
+  int64_t stride;
+  const C* at(int i) const { return p + i * stride; }
+  void next() { ++p; }
+};
+
+static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+template <int kRows, int kVectors, class C, class A>
+static void micro_kernel(int64_t kc, A a, const C* b, C* c, int64_t c_stride, bool add) {
+  using V = Vec<C>;
+  constexpr int kLanes = V::kLanes;
+  V sum[kRows][kVectors];
+#pragma GCC unroll 16  // here and at the end too, else GCC keeps the sums in memory
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = V::zero();
+  for (int i = 0; i < kRows; ++i) prefetch(c + i * c_stride);
+  for (int64_t k = 0; k < kc; ++k) {
+    V bk[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) bk[j] = V::load(b + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const V ai = V::broadcast(a.at(i));
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = V::fma(ai, bk[j], sum[i][j]);
+    }
+    a.next();
+    b += Tile<C>::kCols;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      C* const p = c + i * c_stride + j * kLanes;
+      (add ? V::load(p) + sum[i][j] : sum[i][j]).store(p);
+    }
+  }
+}
+
+// The same for a tile cut short by the matrix's edge: rows <= MR, cols <= NR. Work is cut to whole
+// rows and vectors; C still has room for NR columns.
+template <class C, class A, int kRows = Tile<C>::kRows>
+static void micro_kernel_edge(int rows, int cols, int64_t kc, A a, const C* b, C* c,
+                              int64_t c_stride, bool add) {
+  if constexpr (kRows > 0) {
+    if (rows < kRows)
+      micro_kernel_edge<C, A, kRows - 1>(rows, cols, kc, a, b, c, c_stride, add);
+    else if (cols <= Tile<C>::kLanes)
+      micro_kernel<kRows, 1>(kc, a, b, c, c_stride, add);
+    else
+      micro_kernel<kRows, Tile<C>::kVectors>(kc, a, b, c, c_stride, add);
+  }
+}
+
+}  // namespace LLMKERN_ISA
+}  // namespace llmkern
