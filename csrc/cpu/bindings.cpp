@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   select_isa(isa_names()[0].cast<std::string>());
   bind_attention(m);
   bind_elementwise(m);
+  bind_linear(m);
   bind_norm(m);
   bind_probe(m);
 }

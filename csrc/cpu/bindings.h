@@ -19,6 +19,7 @@ T* pointer(uintptr_t address) {
 
 void bind_attention(py::module_& m);
 void bind_elementwise(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_probe(py::module_& m);
 

@@ -1,0 +1,204 @@
+"""Linear layers with epilogues: csrc/cpu/gemm.cpp, or torch's own product between the kernels of
+csrc/cpu/linear.cpp where that is faster (tiles.py)."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmkern import numerics, random
+from llmkern.backends.cpu import _ext, tiles
+from llmkern.backends.cpu._ext import DTYPE_CODES, address, rows_of
+from llmkern.specs import LinearSpec
+
+ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+
+def supports(spec: LinearSpec) -> str | None:
+    return _ext.unavailable(spec.device)
+
+
+class _Epilogue(NamedTuple):
+    """llmkern::LinearEpilogue but for y; a None means "none"."""
+
+    activation: str | None = None
+    bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    preact: Tensor | None = None
+    up_preact: Tensor | None = None
+    residual: Tensor | None = None  # [rows, cols], column stride 1
+    threshold: int = 0
+    seed: Tensor | None = None
+
+    def arguments(self, y: Tensor, cols: int) -> tuple:
+        residual_stride = 0 if self.residual is None else self.residual.stride(0)
+        return (
+            ACTIVATION_CODES[self.activation], address(self.bias), address(self.up_bias),
+            address(self.preact), address(self.up_preact), address(self.residual),
+            residual_stride, self.threshold, address(self.seed), y.data_ptr(), cols,
+        )  # fmt: skip
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _pick(a: Tensor) -> str:
+    return tiles.pick_gemm(_ext.load().module.isa(), a.dtype, a.shape[0], _has_onednn())
+
+
+def _own_gemm(a: Tensor, b: Tensor, up: Tensor | None, epilogue: _Epilogue, y: Tensor) -> None:
+    """y = epilogue(a [M, K] @ b [N, K]^T), any strides in a, b and up."""
+    module = _ext.load().module
+    m, k = a.shape
+    n = b.shape[0]
+    up_stride = (0, 0) if up is None else up.stride()
+    shape = (DTYPE_CODES[a.dtype], m, n, k, *a.stride(), *b.stride(), *up_stride, up is not None)
+    scratch = torch.empty(module.gemm_scratch(shape), dtype=torch.uint8)
+    module.gemm(shape, a.data_ptr(), b.data_ptr(), address(up), epilogue.arguments(y, n),
+                scratch.data_ptr())  # fmt: skip
+
+
+def _torch_gemm(choice: str, a: Tensor, b: Tensor) -> Tensor:
+    if choice == tiles.ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
+
+
+def _gemm(a: Tensor, b: Tensor, y: Tensor, residual: Tensor | None = None) -> Tensor:
+    """y = a @ b^T (+ residual), for the backward products."""
+    choice = _pick(a)
+    if choice == tiles.OWN:
+        _own_gemm(a, b, None, _Epilogue(residual=residual), y)
+    else:
+        product = _torch_gemm(choice, a, b)
+        torch.add(product, residual, out=y) if residual is not None else y.copy_(product)
+    return y
+
+
+def forward(
+    spec: LinearSpec,
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    bias: Tensor | None,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, preact, up_preact); the last two are empty unless spec.keep_preact (and gated)."""
+    rows, cols = spec.rows, spec.out_features
+    a = x.reshape(rows, spec.in_features)
+    choice = _pick(a)
+    shape = (*x.shape[:-1], cols)
+    parts = 2 if spec.gated else 1
+    if choice == tiles.OWN:
+        kept = [torch.empty(shape, dtype=x.dtype) for _ in range(parts if spec.keep_preact else 0)]
+    else:
+        kept = [_torch_gemm(choice, a, w).reshape(shape) for w in (weight, up_weight)[:parts]]
+    in_place = choice != tiles.OWN and not spec.keep_preact
+    y = kept[0] if in_place else torch.empty(shape, dtype=x.dtype)
+    products, kept = kept, kept if spec.keep_preact else []
+    preacts = [kept[i] if i < len(kept) else None for i in range(2)]
+    epilogue = _Epilogue(
+        activation=spec.activation,
+        bias=_contiguous(bias),
+        up_bias=_contiguous(up_bias),
+        preact=preacts[0],
+        up_preact=preacts[1],
+        residual=None if residual is None else rows_of(residual, rows, cols)[0].reshape(rows, cols),
+        threshold=random.threshold(spec.dropout_p) if spec.dropout_p else 0,
+        seed=seed,
+    )
+    if choice == tiles.OWN:
+        _own_gemm(a, weight, up_weight, epilogue, y)
+    elif _something_to_do(spec):
+        addresses = [product.data_ptr() for product in products]
+        _ext.load().module.linear_epilogue(
+            DTYPE_CODES[x.dtype], rows, cols, *addresses, *[0] * (2 - parts),
+            epilogue.arguments(y, cols),
+        )  # fmt: skip
+    empty = [torch.empty(0, dtype=x.dtype) for _ in range(2 - len(kept))]
+    return y, *kept, *empty
+
+
+def _something_to_do(spec: LinearSpec) -> bool:
+    after = spec.bias or spec.residual or spec.dropout_p > 0.0
+    return after or spec.gated or spec.activation is not None
+
+
+def backward(
+    spec: LinearSpec,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    preact: Tensor,
+    up_preact: Tensor,
+    seed: Tensor | None,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, weight, up_weight, bias, up_bias); empty where `wants` says no."""
+    g, gu, dbias, dup_bias = _product_gradients(spec, dy, preact, up_preact, seed, wants)
+    found = [torch.empty(0, dtype=x.dtype) for _ in range(3)]
+    if wants[0]:
+        dx = found[0] = torch.empty(x.shape, dtype=x.dtype)
+        rows = dx.view(spec.rows, spec.in_features)
+        if spec.gated:
+            _gemm(gu, up_weight.T, rows)
+        _gemm(g, weight.T, rows, rows if spec.gated else None)
+    a = x.reshape(spec.rows, spec.in_features)
+    if wants[1]:
+        found[1] = _gemm(g.T, a.T, torch.empty(weight.shape, dtype=x.dtype))
+    if wants[2]:
+        found[2] = _gemm(gu.T, a.T, torch.empty(up_weight.shape, dtype=x.dtype))
+    return (*found, dbias, dup_bias)
+
+
+def _product_gradients(
+    spec: LinearSpec,
+    dy: Tensor,
+    preact: Tensor,
+    up_preact: Tensor,
+    seed: Tensor | None,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(g, gu) [rows, out_features], gradients of the two products, and those of their biases."""
+    rows, cols, dtype = spec.rows, spec.out_features, spec.dtype
+    dbias = torch.empty(cols if wants[3] else 0, dtype=dtype)
+    dup_bias = torch.empty(cols if wants[4] else 0, dtype=dtype)
+    changed = spec.activation is not None or spec.dropout_p > 0.0
+    sums = wants[3] or wants[4]
+    if not changed and not sums:
+        return dy.reshape(rows, cols), None, dbias, dup_bias
+    dy_rows, dy_stride = rows_of(dy, rows, cols)
+    products = changed and (wants[0] or wants[1] or wants[2])
+    g = torch.empty((rows, cols), dtype=dtype) if products else None
+    gu = torch.empty((rows, cols), dtype=dtype) if products and spec.gated else None
+    module = _ext.load().module
+    wide = numerics.compute_dtype(dtype)
+    scratch = torch.empty(module.LINEAR_BWD_CHUNKS * 4 * cols if sums else 0, dtype=wide)
+    module.linear_bwd(
+        DTYPE_CODES[dtype],
+        rows,
+        cols,
+        ACTIVATION_CODES[spec.activation],
+        dy_rows.data_ptr(),
+        dy_stride,
+        preact.data_ptr() if spec.activation is not None else 0,
+        up_preact.data_ptr() if spec.gated else 0,
+        random.threshold(spec.dropout_p) if spec.dropout_p else 0,
+        address(seed),
+        address(g),
+        address(gu),
+        dbias.data_ptr() if wants[3] else 0,
+        dup_bias.data_ptr() if wants[4] else 0,
+        scratch.data_ptr(),
+    )
+    return (dy.reshape(rows, cols) if g is None else g), gu, dbias, dup_bias
