@@ -1,5 +1,10 @@
 """Choice of backend: by name, by support, by policy; and what is told about it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -128,3 +133,14 @@ def test_allocator_tuning_is_reversible_and_checked():
     assert llmkern.tune_allocator(1 << 28).detail
     assert torch.ones(1 << 20).sum() == 1 << 20
     assert llmkern.untune_allocator().detail
+
+
+def test_support_matrix_of_the_docs_is_current():
+    root = Path(__file__).resolve().parent.parent
+    run = subprocess.run(
+        [sys.executable, root / "tools" / "support_matrix.py", "--check"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

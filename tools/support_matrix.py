@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 
 from llmkern import dispatch
-from llmkern.specs import UNBOUNDED, AttentionSpec, NormSpec
+from llmkern.specs import (
+    UNBOUNDED,
+    ActivationSpec,
+    AttentionSpec,
+    DropoutSpec,
+    LinearSpec,
+    NormSpec,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
@@ -31,6 +38,9 @@ ATTENTION = AttentionSpec(
     torch.float32, "cpu", 2, 4, 4, 16, 16, 64, 64, 0.125, 0.0, 0, UNBOUNDED, UNBOUNDED, 0.0,
     bias=False, mask=False, key_mask=False, slopes=False, sinks=False,
 )  # fmt: skip
+LINEAR = LinearSpec(torch.float32, "cpu", 16, 32, 64, None, False, False, False, 0.0, False)
+DROPOUT = DropoutSpec(torch.float32, "cpu", 64, 0.1)
+ACTIVATION = ActivationSpec(torch.float32, "cpu", 64, "gelu")
 
 # op -> [(feature, base spec, fields that switch it on)]
 FEATURES = {
@@ -58,6 +68,17 @@ FEATURES = {
         ("unit offset", NORM, {"unit_offset": True}),
         ("residual add", NORM, {"add": True}),
         ("dropout + residual add", NORM, {"add": True, "dropout_p": 0.1}),
+    ],
+    "linear": [
+        ("bias", LINEAR, {"bias": True}),
+        *[(name, LINEAR, {"activation": name}) for name in ("relu", "gelu", "gelu_tanh", "silu")],
+        ("dropout + residual", LINEAR, {"residual": True, "dropout_p": 0.1}),
+        ("gated (SwiGLU, GEGLU)", LINEAR, {"gated": True, "activation": "silu"}),
+        ("one row", LINEAR, {"rows": 1}),
+    ],
+    "dropout": [("dropout, also in place", DROPOUT, {})],
+    "activation": [
+        (name, ACTIVATION, {"activation": name}) for name in ("relu", "gelu", "gelu_tanh", "silu")
     ],
 }
 
