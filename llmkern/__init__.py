@@ -2,19 +2,24 @@
 
 import types
 
-from llmkern import backends, dispatch, functional
+from llmkern import backends, dispatch, functional, nn
+from llmkern.accelerate import accelerate
 from llmkern.allocator import tune_allocator, untune_allocator
 from llmkern.dispatch import fallback_policy, fallbacks, use_backend
 from llmkern.explain import explain
+from llmkern.override import override
 from llmkern.version import __version__
 
 __all__ = [
     "__version__",
+    "accelerate",
     "backends",
     "explain",
     "fallback_policy",
     "fallbacks",
     "functional",
+    "nn",
+    "override",
     "tune_allocator",
     "untune_allocator",
     "use_backend",

@@ -16,7 +16,12 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
 from llmkern.errors import BackendError, FallbackWarning
+from llmkern.numerics import FLOOR
 
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 NAMES = ("cpu", "triton", "cuda", "reference")
@@ -27,6 +32,7 @@ _policy: contextvars.ContextVar[str] = contextvars.ContextVar("policy", default=
 _records: contextvars.ContextVar[list | None] = contextvars.ContextVar("records", default=None)
 _fallbacks: Counter[str] = Counter()
 _choices: dict[tuple, ModuleType] = {}
+_fused: dict[str, bool] = {}
 
 
 class Decision(NamedTuple):
@@ -161,6 +167,40 @@ def status(name: str) -> BackendStatus:
             return BackendStatus(name, False, f"{missing.name} is not installed")
         return BackendStatus(name, False, "not part of this version of llmkern")
     return BackendStatus(name, *package.status())
+
+
+def unserved(input: Tensor, *others: Tensor | None) -> str | None:
+    """Why a call on these tensors is not for llmkern's kernels, or None if it is.
+
+    Drop-in modules and rerouted calls ask this first and leave the rest to torch: nested, sparse,
+    quantised and complex tensors, subclasses with rules of their own (DTensor), devices for which
+    there is no fused backend here, and torch.jit.trace, whose graphs should hold torch's ops. What
+    passes may still break a rule of the op, which then says so.
+    """
+    for tensor in (input, *others):
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter and tensor is not None:
+            return f"{kind.__name__} has rules of its own"
+    if input.dtype not in FLOOR:
+        return f"dtype {str(input.dtype).removeprefix('torch.')}"
+    if input.layout is not torch.strided or input.is_nested:
+        return "nested tensor" if input.is_nested else f"layout {input.layout}"
+    device = "cpu" if input.is_cpu else input.device.type
+    if not has_fused(device):
+        return f"no fused backend serves {device} here"
+    return "torch.jit is tracing" if torch.jit.is_tracing() else None
+
+
+def has_fused(device: str) -> bool:
+    """True where a backend other than the reference is available for tensors on `device`."""
+    fused = _fused.get(device)
+    if fused is None:
+        names = [name for name in BACKENDS.get(device, ()) if name != "reference"]
+        fused = _fused[device] = any(status(name).available for name in names)
+    return fused
+
+
+has_fused._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets
 
 
 def _report_fallback(op: str, decision: Decision) -> None:

@@ -21,6 +21,14 @@ class ArgumentError(LlmkernError, ValueError, RuntimeError):
     """A number or option is outside what the op defines."""
 
 
+class ModuleShapeError(ShapeError, AssertionError):
+    """A shape that torch.nn asserts: an AssertionError there, and so here."""
+
+
+class ModuleDtypeError(DtypeError, AssertionError):
+    """A dtype that torch.nn asserts: an AssertionError there, and so here."""
+
+
 class BackendError(LlmkernError, ValueError, RuntimeError):
     """A backend that was asked for is unknown, missing, or cannot serve the call."""
 

@@ -1,0 +1,70 @@
+"""Linear, with an activation in its epilogue on request."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from llmkern import dispatch, functional
+from llmkern.errors import ArgumentError
+from llmkern.nn.modes import outside_modes
+from llmkern.nn.table import replaces
+
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@replaces(torch.nn.Linear)
+class Linear(torch.nn.Linear):
+    """torch.nn.Linear on `llmkern.functional.linear`.
+
+    activation: None, "relu", "gelu", "gelu_tanh" or "silu", applied while the output tile is still
+    in registers.
+    """
+
+    fused_activation: str | None = None  # on the class: a replaced torch.nn.Linear has none
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        if activation is not None and activation not in _ACTIVATIONS:
+            raise ArgumentError(
+                f"Linear: activation must be None or one of {', '.join(_ACTIVATIONS)}, "
+                f"got {activation!r}"
+            )
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if activation is not None:
+            self.fused_activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not dispatch.unserved(input, self.weight, self.bias):
+            return outside_modes(
+                functional.linear, input, self.weight, self.bias, activation=self.fused_activation
+            )
+        output, name = super().forward(input), self.fused_activation
+        return output if name is None else _ACTIVATIONS[name](output)
+
+    def extra_repr(self) -> str:
+        text, name = super().extra_repr(), self.fused_activation
+        return text if name is None else f"{text}, activation={name}"
+
+
+@replaces(NonDynamicallyQuantizableLinear)
+class OutProjection(NonDynamicallyQuantizableLinear):
+    """The out_proj of MultiheadAttention, which reads its weight and bias and seldom calls it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if dispatch.unserved(input, self.weight, self.bias):
+            return super().forward(input)
+        return outside_modes(functional.linear, input, self.weight, self.bias)

@@ -1,0 +1,30 @@
+"""LayerNorm and RMSNorm."""
+
+import torch
+from torch import Tensor
+
+from llmkern import dispatch, functional
+from llmkern.nn.modes import outside_modes
+from llmkern.nn.table import replaces
+
+
+@replaces(torch.nn.LayerNorm)
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm on `llmkern.functional.layer_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if dispatch.unserved(input, self.weight, self.bias):
+            return super().forward(input)
+        return outside_modes(
+            functional.layer_norm, input, self.normalized_shape, self.weight, self.bias, self.eps
+        )
+
+
+@replaces(torch.nn.RMSNorm)
+class RMSNorm(torch.nn.RMSNorm):
+    """torch.nn.RMSNorm on `llmkern.functional.rms_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if dispatch.unserved(x, self.weight):
+            return super().forward(x)
+        return outside_modes(functional.rms_norm, x, self.normalized_shape, self.weight, self.eps)

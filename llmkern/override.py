@@ -1,0 +1,172 @@
+"""Rerouting of torch.nn.functional calls to llmkern, for models that make them themselves.
+
+    with llmkern.override() as calls:
+        loss = model(x)
+    print(calls)
+
+A TorchFunctionMode: it sees F.linear, torch.layer_norm, Tensor.relu and the like on this thread
+only, nests, ends with its block, and is traced by torch.compile in a compiled region or around one.
+A call that llmkern does not serve runs as if the mode were not there, and is counted with the
+reason. Backward needs no mode: a rerouted call records its own.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from llmkern import dispatch, functional
+from llmkern.errors import LlmkernError
+
+_counting = threading.Lock()  # of the module, so that a Rerouting can be copied and pickled
+
+
+class Declined(LlmkernError):
+    """The call is torch's; the text says why."""
+
+
+class Rerouting(TorchFunctionMode):
+    """What `override` returns: the mode, and its counts.
+
+    served: calls that ran on llmkern, by function. declined: calls that torch ran, by "function:
+    reason". In a compiled region a call is counted when it is traced, not each time it runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.served: Counter[str] = Counter()
+        self.declined: Counter[str] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        route = _ROUTES.get(func)
+        if route is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        try:
+            if torch.compiler.is_compiling():  # no context variable can be set in a traced region
+                output = route.call(*args, **kwargs)
+            else:
+                with dispatch.fallback_policy("error"):
+                    output = route.call(*args, **kwargs)
+        except LlmkernError as refusal:
+            plain = isinstance(refusal, Declined) or not torch.compiler.is_compiling()
+            reason = refusal.args[0] if plain else type(refusal).__name__  # no traced sizes in it
+            _count(self.declined, route.name, reason)
+            return func(*args, **kwargs)
+        _count(self.served, route.name)
+        return output
+
+    def __str__(self) -> str:
+        served = ", ".join(f"{n} x {name}" for name, n in self.served.most_common())
+        lines = [f"rerouted: {served or 'nothing'}"]
+        lines += [f"  left to torch: {n} x {why}" for why, n in self.declined.most_common()]
+        return "\n".join(lines)
+
+
+def override() -> Rerouting:
+    """A context in which torch.nn.functional calls that llmkern serves run on llmkern.
+
+    Reached: linear, scaled_dot_product_attention, layer_norm, rms_norm, dropout, gelu, silu, relu,
+    as functions of torch.nn.functional or torch, and Tensor.relu. Not reached: functions that torch
+    calls inside another (the linear inside F.multi_head_attention_forward), operators (x @ w), and
+    in-place forms.
+    """
+    return Rerouting()
+
+
+def _count(counter: Counter[str], name: str, reason: str | None = None) -> None:
+    with _counting:
+        counter[name if reason is None else f"{name}: {reason}"] += 1
+
+
+_count._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets
+
+
+def _require(input: Tensor, *others: Tensor | None) -> None:
+    reason = dispatch.unserved(input, *others)
+    if reason is not None:
+        raise Declined(reason)
+
+
+def _linear(input, weight, bias=None):
+    _require(input, weight, bias)
+    return functional.linear(input, weight, bias)
+
+
+def _attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    _require(query, key, value, attn_mask)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    _require(input, weight, bias)
+    return functional.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _rms_norm(input, normalized_shape, weight=None, eps=None):
+    _require(input, weight)
+    return functional.rms_norm(input, normalized_shape, weight, eps)
+
+
+def _dropout(input, p=0.5, training=True, inplace=False):
+    if inplace or not training:
+        raise Declined("in place" if inplace else "not in training")
+    _require(input)
+    return functional.dropout(input, p)
+
+
+def _gelu(input, *, approximate="none"):
+    _require(input)
+    return functional.gelu(input, approximate)
+
+
+def _silu(input, inplace=False):
+    return _activation(functional.silu, input, inplace)
+
+
+def _relu(input, inplace=False):
+    return _activation(functional.relu, input, inplace)
+
+
+def _activation(function: Callable[[Tensor], Tensor], input: Tensor, inplace: bool) -> Tensor:
+    if inplace:
+        raise Declined("in place")
+    _require(input)
+    return function(input)
+
+
+class _Route(NamedTuple):
+    name: str
+    call: Callable[..., Tensor]
+
+
+_ROUTES = {
+    function: _Route(name, call)
+    for name, call, functions in (
+        ("linear", _linear, (F.linear,)),
+        ("scaled_dot_product_attention", _attention, (F.scaled_dot_product_attention,)),
+        ("layer_norm", _layer_norm, (F.layer_norm, torch.layer_norm)),
+        ("rms_norm", _rms_norm, (F.rms_norm, torch.rms_norm)),
+        ("dropout", _dropout, (F.dropout, torch.dropout)),
+        ("gelu", _gelu, (F.gelu,)),
+        ("silu", _silu, (F.silu, torch._C._nn.silu)),
+        ("relu", _relu, (F.relu, torch.relu, Tensor.relu)),
+    )
+    for function in functions
+}
