@@ -86,7 +86,8 @@ def forward(
     shape = _shape(spec, seed)
     inputs = _Inputs(spec, q, k, v, bias, mask, key_mask, slopes, sinks)
     b, h, s = spec.batch, spec.heads, spec.q_len
-    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype).transpose(1, 2)
+    # transpose_, not transpose: autograd forbids in-place changes to views made in a Function.
+    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype).transpose_(1, 2)
     lse = torch.empty(b, h, s, dtype=numerics.compute_dtype(spec.dtype))
     scratch = torch.empty(module.attention_fwd_scratch_bytes(shape) // 4)
     module.attention_fwd(
