@@ -24,8 +24,9 @@ def floating(op: str, name: str, value: Tensor) -> None:
         raise errors.DtypeError(
             f"{op}: {name} must be one of {_names(FLOATS)}, got {_names((value.dtype,))}"
         )
-    if value.layout != torch.strided:
-        raise errors.ShapeError(f"{op}: {name} must be a strided tensor, got {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else value.layout
+        raise errors.ShapeError(f"{op}: {name} must be a strided tensor, got {kind}")
 
 
 def same_device(

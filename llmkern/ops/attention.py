@@ -10,13 +10,23 @@ Whatever the inputs' layout, the output lies in memory as [B, S, H, Dv]: what an
 reads.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from llmkern import dispatch, numerics, random
-from llmkern.errors import ShapeError
+from llmkern.errors import BackendError
 from llmkern.ops import attention_checks as arguments
-from llmkern.ops.library import define, plain_eager, wants_grad
+from llmkern.ops.library import (
+    Plans,
+    define,
+    direct_apply,
+    in_functorch,
+    signature,
+    wants_grad,
+)
 from llmkern.specs import AttentionSpec
 
 
@@ -73,25 +83,9 @@ def scaled_dot_product_attention(
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: before anything is allocated.
     """
-    op = "scaled_dot_product_attention"
-    dtype = arguments.query_key_value(op, ("query", "key", "value"), (query, key, value))
-    size = arguments.sizes(op, query, key, value, enable_gqa)
-    options = arguments.options(
-        op, size, dropout_p, is_causal, scale, causal_align, window, softcap
-    )
-    arguments.side_tensors(op, size, query, dtype, attn_mask, alibi_slopes, sinks, key_padding_mask)
-    lead = size.lead
-    q = arguments.four_dims(arguments.cast(query, dtype), lead, size.heads)
-    k = arguments.four_dims(arguments.cast(key, dtype), lead, size.kv_heads)
-    v = arguments.four_dims(arguments.cast(value, dtype), lead, size.kv_heads)
-    out, lse = _attention(q, k, v, attn_mask, key_padding_mask, alibi_slopes, sinks, lead, options,
-                          backend)  # fmt: skip
-    if size.dims == 3:
-        out, lse = out[0], lse[0]
-    elif size.dims == 2:
-        out, lse = out[0, 0], lse[0, 0]
-    elif size.dims > 4:
-        out, lse = out.unflatten(0, lead), lse.unflatten(0, lead)
+    side = (attn_mask, alibi_slopes, sinks, key_padding_mask)
+    options = (dropout_p, is_causal, scale, causal_align, window, softcap)
+    out, lse = _attention(arguments.SEPARATE, query, key, value, side, enable_gqa, options, backend)
     return (out, lse) if return_lse else out
 
 
@@ -120,19 +114,9 @@ def attention_qkvpacked(
     Returns:
         [B, S, H, D], contiguous; or (that, lse [B, H, S]).
     """
-    op = "attention_qkvpacked"
-    dtype = arguments.query_key_value(op, ("qkv",), (qkv,), (5,))
-    if qkv.shape[2] != 3:
-        raise ShapeError(f"{op}: qkv must be [B, S, 3, H, D], got {list(qkv.shape)}")
-    b, s, _, h, d = qkv.shape
-    size = arguments.Sizes((b,), h, h, s, s, d, d)
-    options = arguments.options(
-        op, size, dropout_p, is_causal, scale, causal_align, window, softcap
-    )
-    arguments.side_tensors(op, size, qkv, dtype, attn_mask, alibi_slopes, sinks, key_padding_mask)
-    out, lse = _attention(arguments.cast(qkv, dtype), None, None, attn_mask, key_padding_mask,
-                          alibi_slopes, sinks, size.lead, options, backend)  # fmt: skip
-    out = out.transpose(1, 2)
+    side = (attn_mask, alibi_slopes, sinks, key_padding_mask)
+    options = (dropout_p, is_causal, scale, causal_align, window, softcap)
+    out, lse = _attention(arguments.QKVPACKED, qkv, None, None, side, False, options, backend)
     return (out, lse) if return_lse else out
 
 
@@ -163,39 +147,88 @@ def attention_kvpacked(
     Returns:
         [B, S, H, D], contiguous; or (that, lse [B, H, S]).
     """
-    op = "attention_kvpacked"
-    dtype = arguments.query_key_value(op, ("q", "kv"), (q, kv), (4, 5))
-    b, s, h, d = q.shape
-    if kv.shape[0] != b or kv.shape[2] != 2 or kv.shape[4] != d:
-        raise ShapeError(f"{op}: kv must be [{b}, T, 2, G, {d}], got {list(kv.shape)}")
-    t, g = kv.shape[1], kv.shape[3]
-    if (h % g if g else h) != 0:
-        raise ShapeError(f"{op}: heads of kv must divide the {h} heads of q, got {g}")
-    size = arguments.Sizes((b,), h, g, s, t, d, d)
-    options = arguments.options(
-        op, size, dropout_p, is_causal, scale, causal_align, window, softcap
-    )
-    arguments.side_tensors(op, size, q, dtype, attn_mask, alibi_slopes, sinks, key_padding_mask)
-    q, kv = arguments.cast(q, dtype), arguments.cast(kv, dtype)
-    out, lse = _attention(q, kv, None, attn_mask, key_padding_mask, alibi_slopes, sinks, size.lead,
-                          options, backend)  # fmt: skip
-    out = out.transpose(1, 2)
+    side = (attn_mask, alibi_slopes, sinks, key_padding_mask)
+    options = (dropout_p, is_causal, scale, causal_align, window, softcap)
+    out, lse = _attention(arguments.KVPACKED, q, kv, None, side, True, options, backend)
     return (out, lse) if return_lse else out
 
 
-def _attention(q, k, v, attn_mask, key_padding_mask, alibi_slopes, sinks, lead, options, backend):
-    """Checked arguments to (out [B, H, S, Dv], lse [B, H, S])."""
-    bias, mask = arguments.bias_and_mask(attn_mask, lead, q.dtype)
-    key_mask = arguments.key_mask(key_padding_mask, lead)
-    slopes = arguments.slopes(alibi_slopes, lead)
-    sinks = arguments.cast(sinks, torch.float32)
-    seed = random.draw_seed(q.device) if options.dropout_p > 0.0 else None
-    args = (q, k, v, bias, mask, key_mask, slopes, sinks, seed, *options, backend)
-    if not plain_eager(q, k, v, attn_mask, key_padding_mask, alibi_slopes, sinks):
-        return torch.ops.llmkern.attention(*args)
-    if wants_grad(q, k, v, bias, sinks):
-        return _AttentionFunction.apply(*args)
-    return _forward(*args)
+class _Plan(NamedTuple):
+    """Everything about a call that follows from its signature and options."""
+
+    spec: AttentionSpec
+    size: arguments.Sizes
+    dtype: torch.dtype  # that autocast gives
+    grad: bool
+    straight: bool  # query, key and value are 4-D and broadcast nothing
+
+
+_plans = Plans()
+
+
+def _attention(op, q, k, v, side, enable_gqa, options, backend):
+    """Any of the functions: `op` says what q, k, v are."""
+    dropout_p, is_causal, scale, causal_align, window, softcap = options
+    if type(window) is list or (scale is not None and type(scale) is not float):
+        window, scale = tuple(window) if type(window) is list else window, float(scale)
+        options = (dropout_p, is_causal, scale, causal_align, window, softcap)
+    tensors = signature(q, k, v, *side)
+    plan = None
+    if tensors is not None:
+        key = (op, tensors, arguments.autocast_dtype(q), enable_gqa, options)
+        plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(op, q, k, v, side, enable_gqa, options)
+        if tensors is not None:
+            _plans.remember(key, plan)
+    size, dtype = plan.size, plan.dtype
+    q, k, v = arguments.cast(q, dtype), arguments.cast(k, dtype), arguments.cast(v, dtype)
+    if not plan.straight:
+        q = arguments.four_dims(q, size.lead, size.heads)
+        k = arguments.four_dims(k, size.lead, size.kv_heads)
+        v = arguments.four_dims(v, size.lead, size.kv_heads)
+    side = arguments.four_dim_sides(*side, size, dtype)
+    seed = random.draw_seed(q.device) if plan.spec.dropout_p > 0.0 else None
+    out, lse = _run(plan, tensors is None, q, k, v, *side, seed, backend)
+    if op != arguments.SEPARATE:
+        return out.transpose(1, 2), lse
+    return (out, lse) if size.dims == 4 else arguments.own_dims(out, lse, size)
+
+
+def _plan(op, q, k, v, side, enable_gqa, options) -> _Plan:
+    """Check every argument, then describe the call."""
+    attn_mask, slopes, sinks, key_mask = side
+    dtype = arguments.query_key_value(op, q, k, v)
+    size = arguments.sizes(op, q, k, v, enable_gqa)
+    scalars = arguments.options(op, size, *options)
+    arguments.side_tensors(op, size, q, dtype, *side)
+    floating = attn_mask is not None and attn_mask.dtype != torch.bool
+    spec = AttentionSpec(
+        dtype, q.device.type, arguments.product(size.lead), *size[1:7], *scalars, floating,
+        attn_mask is not None and not floating, key_mask is not None, slopes is not None,
+        sinks is not None)  # fmt: skip
+    straight = op != arguments.SEPARATE or (
+        q.dim() == k.dim() == v.dim() == 4
+        and q.shape[:2] == (*size.lead, size.heads)
+        and k.shape[:2] == v.shape[:2] == (*size.lead, size.kv_heads)
+    )
+    return _Plan(spec, size, dtype, wants_grad(q, k, v, attn_mask, sinks), straight)
+
+
+def _run(plan, traced, q, k, v, bias, mask, key_mask, slopes, sinks, seed, backend):
+    """(out [B, H, S, Dv], lse [B, H, S]) of tensors in the op's form."""
+    spec = plan.spec
+    args = (q, k, v, bias, mask, key_mask, slopes, sinks, seed)
+    if traced and in_functorch():
+        reference = dispatch.module_of("reference", "attention")
+        return reference.forward(spec, *_views(q, k, v), *args[3:])
+    if traced:
+        scalars = (spec.scale, spec.softcap, spec.shift, spec.left, spec.right, spec.dropout_p)
+        return torch.ops.llmkern.attention(*args, *scalars, backend)
+    if plan.grad:
+        return _apply(*args, spec, backend)
+    module = dispatch.resolve("attention", spec, backend)
+    return module.forward(spec, *_views(q, k, v), *args[3:])
 
 
 def _views(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,6 +242,77 @@ def _views(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
     return q, k, v
 
 
+class _AttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, mask, key_mask, slopes, sinks, seed, spec, backend):
+        side = (bias, mask, key_mask, slopes, sinks, seed)
+        module = dispatch.resolve("attention", spec, backend)
+        out, lse = module.forward(spec, *_views(q, k, v), *side)
+        ctx.save_for_backward(q, k, v, *side, out, lse)
+        ctx.spec, ctx.backend = spec, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        run = _differentiable if torch.is_grad_enabled() else _backward_of
+        return _gradients(ctx, dout, dlse, functools.partial(run, ctx.spec, ctx.backend), 2)
+
+
+_apply = direct_apply(_AttentionFunction)
+
+
+def _backward_of(spec, backend, dout, dlse, q, k, v, bias, mask, key_mask, slopes, sinks, seed,
+                 out, lse, wants):  # fmt: skip
+    """Gradients of (q, k, v, bias, sinks), packed as they were; empty where not wanted."""
+    module = dispatch.resolve("attention", spec, backend)
+    saved = (*_views(q, k, v), bias, mask, key_mask, slopes, sinks, seed, out, lse)
+    if k is None:
+        dqkv = torch.empty_like(q)
+        wants = [wants[0]] * 3 + list(wants[3:])
+        parts = _views(dqkv, None, None)
+        *_, dbias, dsinks = module.backward(spec, dout, dlse, *saved, wants, *parts)
+        return dqkv, q.new_empty(0), q.new_empty(0), dbias, dsinks
+    if v is None:
+        dq, dkv = torch.empty_like(q), torch.empty_like(k)
+        wants = [wants[0], wants[1], wants[1], *wants[3:]]
+        parts = _views(dq, dkv, None)
+        *_, dbias, dsinks = module.backward(spec, dout, dlse, *saved, wants, *parts)
+        return dq, dkv, q.new_empty(0), dbias, dsinks
+    return module.backward(spec, dout, dlse, *saved, wants)
+
+
+def _differentiable(spec, backend, dout, dlse, q, k, v, bias, mask, key_mask, slopes, sinks, seed,
+                    out, lse, wants):  # fmt: skip
+    """The same as a graph (create_graph=True): the reference formula, differentiated by torch.
+
+    Views stand for the inputs, so that one computed from another is not followed back to it here.
+    """
+    q, k, v, bias, sinks = (None if t is None else t.view_as(t) for t in (q, k, v, bias, sinks))
+    reference = dispatch.module_of("reference", "attention")
+    side = (bias, mask, key_mask, slopes, sinks, seed)
+    outputs = reference.forward(spec, *_views(q, k, v), *side)
+    inputs = [t for t, wanted in zip((q, k, v, bias, sinks), wants, strict=True) if wanted]
+    given = (dout, torch.zeros_like(lse) if dlse is None else dlse)
+    found = torch.autograd.grad(outputs, inputs, given, create_graph=True, materialize_grads=True)
+    results = iter(found)
+    return [next(results) if wanted else None for wanted in wants]
+
+
+def _gradients(ctx, dout, dlse, backward, options):
+    """Gradients in the order of the forward's arguments: nine tensors, then `options` others."""
+    if dout is None and dlse is None:
+        return (None,) * (9 + options)
+    *saved, out, lse = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    need = ctx.needs_input_grad
+    wants = [need[0], need[1], need[2], need[3], need[7]]
+    found = backward(dout, dlse, *saved, out, lse, wants=wants)
+    dq, dk, dv, dbias, dsinks = (g if w else None for g, w in zip(found, wants, strict=True))
+    return (dq, dk, dv, dbias, None, None, None, dsinks, *(None,) * (1 + options))
+
+
 def _spec(q, k, v, bias, mask, key_mask, slopes, sinks, options) -> AttentionSpec:
     b, h, s, d = q.shape
     _, g, t, value_dim = v.shape
@@ -220,47 +324,19 @@ def _spec(q, k, v, bias, mask, key_mask, slopes, sinks, options) -> AttentionSpe
 def _forward(q, k, v, bias, mask, key_mask, slopes, sinks, seed, scale, softcap, shift, left, right,
              dropout_p, backend) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out [B, H, S, Dv] in [B, S, H, Dv] memory, lse [B, H, S])."""
-    q, k, v = _views(q, k, v)
-    options = (scale, softcap, shift, left, right, dropout_p)
-    spec = _spec(q, k, v, bias, mask, key_mask, slopes, sinks, options)
-    module = dispatch.resolve("attention", spec, backend)
-    return module.forward(spec, q, k, v, bias, mask, key_mask, slopes, sinks, seed)
-
-
-def _backward(dout, dlse, q, k, v, bias, mask, key_mask, slopes, sinks, seed, out, lse, scale,
-              softcap, shift, left, right, dropout_p, wants, backend):  # fmt: skip
-    """Gradients of (q, k, v, bias, sinks), packed as they were; empty where not wanted."""
     views = _views(q, k, v)
     options = (scale, softcap, shift, left, right, dropout_p)
     spec = _spec(*views, bias, mask, key_mask, slopes, sinks, options)
     module = dispatch.resolve("attention", spec, backend)
-    saved = (*views, bias, mask, key_mask, slopes, sinks, seed, out, lse)
-    if k is None:
-        dqkv = torch.empty_like(q)
-        wants = [wants[0]] * 3 + list(wants[3:])
-        *_, dbias, dsinks = module.backward(
-            spec, dout, dlse, *saved, wants, *_views(dqkv, None, None)
-        )
-        return dqkv, q.new_empty(0), q.new_empty(0), dbias, dsinks
-    if v is None:
-        dq, dkv = torch.empty_like(q), torch.empty_like(k)
-        wants = [wants[0], wants[1], wants[1], *wants[3:]]
-        *_, dbias, dsinks = module.backward(spec, dout, dlse, *saved, wants, *_views(dq, dkv, None))
-        return dq, dkv, q.new_empty(0), dbias, dsinks
-    return module.backward(spec, dout, dlse, *saved, wants)
+    return module.forward(spec, *views, bias, mask, key_mask, slopes, sinks, seed)
 
 
-class _AttentionFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        out, lse = _forward(*args)
-        _setup_context(ctx, args, (out, lse))
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, dlse):
-        return _gradients(ctx, dout, dlse, _backward)
+def _backward(dout, dlse, q, k, v, bias, mask, key_mask, slopes, sinks, seed, out, lse, scale,
+              softcap, shift, left, right, dropout_p, wants, backend):  # fmt: skip
+    options = (scale, softcap, shift, left, right, dropout_p)
+    spec = _spec(*_views(q, k, v), bias, mask, key_mask, slopes, sinks, options)
+    side = (bias, mask, key_mask, slopes, sinks, seed)
+    return _backward_of(spec, backend, dout, dlse, q, k, v, *side, out, lse, wants)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -270,22 +346,17 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dout, dlse, backward):
-    """Gradients in the order of the op's arguments, from ctx as `_setup_context` left it."""
-    if dout is None and dlse is None:
-        return (None,) * 16
-    *saved, out, lse = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    need = ctx.needs_input_grad
-    wants = [need[0], need[1], need[2], need[3], need[7]]
-    gradients = backward(dout, dlse, *saved, out, lse, *ctx.options, wants, ctx.backend)
-    dq, dk, dv, dbias, dsinks = (g if w else None for g, w in zip(gradients, wants, strict=True))
-    return (dq, dk, dv, dbias, None, None, None, dsinks, *(None,) * 8)
-
-
 def _autograd(ctx, dout, dlse):
-    return _gradients(ctx, dout, dlse, torch.ops.llmkern.attention_backward)
+    def run(*tensors, wants):
+        return torch.ops.llmkern.attention_backward(*tensors, *ctx.options, wants, ctx.backend)
+
+    return _gradients(ctx, dout, dlse, run, 7)
+
+
+def _no_second_derivative(ctx, *gradients):
+    raise BackendError(
+        "attention: second derivatives need plain eager mode, not torch.compile or dispatch modes"
+    )
 
 
 def _fake(q, k, v, *_):
@@ -323,4 +394,5 @@ define(
     "str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    _no_second_derivative,
 )

@@ -6,7 +6,6 @@ a bias gradient is as small as the bias.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,14 @@ from llmkern.errors import ArgumentError, DtypeError, ShapeError
 from llmkern.specs import UNBOUNDED
 
 ALIGNMENTS = ("top_left", "bottom_right")
+
+
+# What q, k, v are: [*, H, S, D], [*, G, T, D], [*, G, T, Dv], or packed ones, then k or v are None.
+SEPARATE = "scaled_dot_product_attention"
+QKVPACKED = "attention_qkvpacked"  # q is [B, S, 3, H, D]
+KVPACKED = "attention_kvpacked"  # q is [B, S, H, D], k is [B, T, 2, G, D]
+
+NAMES = {SEPARATE: ("query", "key", "value"), QKVPACKED: ("qkv",), KVPACKED: ("q", "kv")}
 
 
 class Sizes(NamedTuple):
@@ -51,30 +58,42 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def query_key_value(
-    op: str, names: Sequence[str], tensors: Sequence[object], dims: Sequence[int] | None = None
-) -> torch.dtype:
+def query_key_value(op: str, q: object, k: object, v: object) -> torch.dtype:
     """Check what holds for each of the tensors; return the dtype they are computed in."""
-    dtype = first = None
+    names = NAMES[op]
+    tensors = (q, k, v)[: len(names)]
     for name, t in zip(names, tensors, strict=True):
         checks.tensor(op, name, t)
         checks.floating(op, name, t)
-        if first is None:
-            first, dtype = t, autocast_dtype(t)
-            continue
-        checks.same_device(op, name, t, first, names[0])
-        if t.dtype != first.dtype and autocast_dtype(t) != dtype:
-            checks.dtype_in(op, name, t, (first.dtype,), f"as {names[0]}")
-    for index, (name, t) in enumerate(zip(names, tensors, strict=True)):
-        if dims is None and t.dim() < 2:
+        checks.same_device(op, name, t, q, names[0])
+        if t.dtype != q.dtype and autocast_dtype(t) != autocast_dtype(q):
+            checks.dtype_in(op, name, t, (q.dtype,), f"as {names[0]}")
+    return autocast_dtype(q)
+
+
+def sizes(op: str, q: Tensor, k: Tensor | None, v: Tensor | None, enable_gqa: bool) -> Sizes:
+    if op == SEPARATE:
+        return _separate(op, q, k, v, enable_gqa)
+    if op == QKVPACKED:
+        if q.dim() != 5 or q.shape[2] != 3:
+            raise ShapeError(f"{op}: qkv must be [B, S, 3, H, D], got {list(q.shape)}")
+        b, s, _, h, d = q.shape
+        return Sizes((b,), h, h, s, s, d, d)
+    if q.dim() != 4:
+        raise ShapeError(f"{op}: q must be [B, S, H, D], got {list(q.shape)}")
+    b, s, h, d = q.shape
+    if k.dim() != 5 or k.shape[0] != b or k.shape[2] != 2 or k.shape[4] != d:
+        raise ShapeError(f"{op}: kv must be [{b}, T, 2, G, {d}], got {list(k.shape)}")
+    t, g = k.shape[1], k.shape[3]
+    if (h % g if g else h) != 0:
+        raise ShapeError(f"{op}: heads of kv must divide the {h} heads of q, got {g}")
+    return Sizes((b,), h, g, s, t, d, d)
+
+
+def _separate(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Sizes:
+    for name, t in (("query", q), ("key", k), ("value", v)):
+        if t.dim() < 2:
             raise ShapeError(f"{op}: {name} must have at least 2 dims, got {list(t.shape)}")
-        if dims is not None and t.dim() != dims[index]:
-            raise ShapeError(f"{op}: {name} must have {dims[index]} dims, got {list(t.shape)}")
-    return dtype
-
-
-def sizes(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Sizes:
-    """Sizes of query, key, value [*, H, S, D], [*, G, T, D], [*, G, T, Dv]."""
     if k.shape[-1] != q.shape[-1]:
         raise ShapeError(
             f"{op}: key must have the last dim of query, {q.shape[-1]}, got {list(k.shape)}"
@@ -87,10 +106,7 @@ def sizes(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Sizes:
     if enable_gqa and min(q.dim(), k.dim(), v.dim()) < 3:
         raise ShapeError(f"{op}: enable_gqa needs tensors of at least 3 dims, got {list(q.shape)}")
     heads, groups = _heads(op, q, k, v, enable_gqa)
-    if q.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0] and k.dim() == v.dim() == 4:
-        lead = (q.shape[0],)
-    else:
-        lead = _lead(op, q, k, v)
+    lead = _lead(op, q, k, v)
     return Sizes(lead, heads, groups, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], dims)
 
 
@@ -235,41 +251,60 @@ def _per_head(op: str, name: str, value: object, q: Tensor) -> None:
     checks.same_device(op, name, value, q, "query")
 
 
-def bias_and_mask(mask: Tensor | None, lead: tuple[int, ...], dtype: torch.dtype):
-    """attn_mask as (bias, mask): 4-D, sizes 1 where it broadcasts; a bias in the compute dtype."""
-    if mask is None:
-        return None, None
-    if mask.dim() > 4 or (mask.dim() == 4 and len(lead) != 1):
-        mask = _flat_lead(mask, lead)
-    while mask.dim() < 4:
-        mask = mask[None]
-    if mask.dtype == torch.bool:
-        return None, mask
-    compute = numerics.compute_dtype(dtype)
-    return (mask if mask.dtype == compute else mask.to(compute)), None
-
-
-def _flat_lead(mask: Tensor, lead: tuple[int, ...]) -> Tensor:
-    own = mask.shape[:-3]
-    if all(n == 1 for n in own):
-        return mask.reshape(1, *mask.shape[-3:])
-    return mask.expand(*lead, *mask.shape[-3:]).flatten(0, len(lead) - 1)
+def product(sizes: tuple[int, ...]) -> int:
+    count = 1
+    for size in sizes:
+        count *= size
+    return count
 
 
 def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
-def key_mask(mask: Tensor | None, lead: tuple[int, ...]) -> Tensor | None:
-    """[*lead, T] as [B, T]."""
-    if mask is None or len(lead) == 1:
-        return mask
-    return mask[None] if not lead else mask.flatten(0, len(lead) - 1)
+def four_dim_sides(
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    key_padding_mask: Tensor | None,
+    size: Sizes,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """(bias, mask, key_mask, slopes, sinks) as the op takes them: bias (in the compute dtype) and
+    mask 4-D, sizes 1 where they broadcast; key_mask [B, T]; slopes float32 [B or 1, H]; sinks
+    float32 [H]."""
+    lead, bias, mask = size.lead, None, attn_mask
+    if mask is not None:
+        if mask.dim() != 4 or len(lead) != 1:
+            mask = _mask_of_four_dims(mask, lead)
+        if mask.dtype != torch.bool:
+            bias, mask = cast(mask, numerics.compute_dtype(dtype)), None
+    if key_padding_mask is not None and len(lead) != 1:
+        key_padding_mask = _flat_lead(key_padding_mask, lead)
+    if alibi_slopes is not None:
+        alibi_slopes = cast(alibi_slopes.detach(), torch.float32)
+        one = alibi_slopes.dim() == 1
+        alibi_slopes = alibi_slopes[None] if one else _flat_lead(alibi_slopes, lead)
+    return bias, mask, key_padding_mask, alibi_slopes, cast(sinks, torch.float32)
 
 
-def slopes(values: Tensor | None, lead: tuple[int, ...]) -> Tensor | None:
-    """float32 [1, H] or [B, H]."""
-    if values is None:
-        return None
-    values = cast(values.detach(), torch.float32)
-    return values[None] if values.dim() == 1 else values.flatten(0, len(lead) - 1)
+def _flat_lead(t: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """[*lead, N] as [B, N]."""
+    return t.flatten(0, len(lead) - 1) if lead else t[None]
+
+
+def _mask_of_four_dims(mask: Tensor, lead: tuple[int, ...]) -> Tensor:
+    if mask.dim() < 4:
+        return mask[(None,) * (4 - mask.dim())]
+    if all(n == 1 for n in mask.shape[:-3]):
+        return mask.reshape(1, *mask.shape[-3:])
+    return mask.expand(*lead, *mask.shape[-3:]).flatten(0, len(lead) - 1)
+
+
+def own_dims(out: Tensor, lse: Tensor, size: Sizes) -> tuple[Tensor, Tensor]:
+    """4-D results with the caller's leading dims."""
+    if size.dims == 2:
+        return out[0, 0], lse[0, 0]
+    if size.dims == 3:
+        return out[0], lse[0]
+    return out.unflatten(0, size.lead), lse.unflatten(0, size.lead)

@@ -50,8 +50,8 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def signature(*tensors: Tensor | None) -> tuple | None:
-    """What a plan may depend on: the grad mode, and shape, dtype, device and requires_grad of each
-    tensor. None where the call is not plain eager (see `plain_eager`), or an argument no tensor."""
+    """What a plan may depend on: the grad mode, and shape, dtype, device, layout and requires_grad
+    of each tensor. None where the call is not plain eager (see `plain_eager`), or an argument no tensor."""
     if torch.compiler.is_compiling():
         return None
     if _len_torch_dispatch_stack() or in_functorch():
@@ -61,7 +61,9 @@ def signature(*tensors: Tensor | None) -> tuple | None:
         if tensor is None:
             key.append(None)
         elif type(tensor) is Tensor or type(tensor) is Parameter:
-            key += (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+            if tensor.is_nested:
+                return None
+            key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad)
         else:
             return None
     return tuple(key)

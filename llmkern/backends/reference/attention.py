@@ -1,5 +1,6 @@
 """Attention in plain torch, with the whole score matrix in memory; formula:
-csrc/include/llmkern/attention.h.
+csrc/include/llmkern/attention.h. autograd and torch.func can differentiate `forward`: no NaN
+hides behind a `where`, and no step depends on the data.
 
 Arguments of every backend's attention module, all 4-D tensors with any strides:
 
@@ -41,15 +42,15 @@ def forward(
     with torch.autocast(spec.device, enabled=False):
         q, k, v = _computed(spec, q, k, v)
         visible = _visible(spec, q.device, bias, mask, key_mask)
+        # Rows that meet no one: NaN in them would come back in autograd's products with 0.
+        q = torch.where(visible.any(3)[..., None], q, 0.0)
+        k = torch.where(visible.any(2)[..., None], k, 0.0)
         scores, _ = _scores(spec, q, k, bias, slopes, visible)
-        lse = torch.logsumexp(scores, -1)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        lse = _log_sum_exp(scores, visible, sinks)
         p = _probabilities(scores, lse, visible)
         exact = _weighted_sum(_dropped(spec, p, seed), visible, v)
-    sizes = (spec.batch, spec.q_len, spec.heads, spec.value_dim)
-    out = torch.empty(sizes, dtype=spec.dtype, device=q.device).transpose_(1, 2)
-    return out.copy_(exact), lse
+    rows = exact.transpose(1, 2).to(spec.dtype)
+    return rows.clone(memory_format=torch.contiguous_format).transpose_(1, 2), lse
 
 
 def backward(
@@ -159,8 +160,21 @@ def _scores(
     return torch.where(visible, scores, -torch.inf), derivative
 
 
+def _log_sum_exp(scores: Tensor, visible: Tensor, sinks: Tensor | None) -> Tensor:
+    """[B, H, S]; -inf where there is nothing to sum."""
+    if sinks is not None:
+        b, h, s, _ = scores.shape
+        sink = sinks.to(scores.dtype)[:, None, None].expand(b, h, s, 1)
+        scores = torch.cat((scores, sink), -1)
+        visible = torch.cat((visible, sink > -torch.inf), -1)
+    some = visible.any(-1)
+    sums = torch.logsumexp(torch.where(some[..., None], scores, 0.0), -1)
+    return torch.where(some, sums, -torch.inf)
+
+
 def _probabilities(scores: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
-    return torch.where(visible, torch.exp(scores - lse[..., None]), 0.0)
+    known = torch.where(lse == -torch.inf, 0.0, lse)[..., None]
+    return torch.where(visible, torch.exp(scores - known), 0.0)
 
 
 def _dropped(spec: AttentionSpec, values: Tensor, seed: Tensor | None) -> Tensor:
@@ -173,13 +187,15 @@ def _dropped(spec: AttentionSpec, values: Tensor, seed: Tensor | None) -> Tensor
 def _weighted_sum(weights: Tensor, visible: Tensor, rows: Tensor) -> Tensor:
     """[.., M, E]: weights [.., M, N] @ rows [.., N, E], where row n never meets an m that does not
     see it: its weight is 0, but 0 * NaN is NaN."""
-    finite = torch.isfinite(rows)
-    total = weights @ torch.where(finite, rows, 0.0)
-    for n in (~finite).any(-1).flatten(0, 1).any(0).nonzero().flatten().tolist():
-        special = torch.where(finite[..., n, :], 0.0, rows[..., n, :])[..., None, :]
-        term = torch.where(special == 0.0, 0.0, weights[..., n, None] * special)
-        total += torch.where(visible[..., n, None], term, 0.0)
-    return total
+    dtype = rows.dtype
+    total = weights @ torch.where(torch.isfinite(rows), rows, 0.0)
+    signed = torch.cat((weights > 0.0, weights < 0.0), -1).to(dtype)
+    plus, minus = (rows == torch.inf).to(dtype), (rows == -torch.inf).to(dtype)
+    up, down = signed @ torch.cat((plus, minus), -2), signed @ torch.cat((minus, plus), -2)
+    total = torch.where(up > 0.0, total + torch.inf, total)
+    total = torch.where(down > 0.0, total - torch.inf, total)
+    nan = visible.to(dtype) @ torch.isnan(rows).to(dtype) > 0.0
+    return torch.where(nan, torch.nan, total)
 
 
 def _sinks_gradient(sinks: Tensor, lse: Tensor, pull: Tensor) -> Tensor:
