@@ -89,25 +89,28 @@ class BwdBlock {
     dot_ = take(s_.value_dim * plan.lane_ld);
     q_ = take(kBwdQueries * plan.head_ld);
     do_ = take(kBwdQueries * plan.value_ld);
-    dq_ = take(kBwdQueries * plan.head_ld);
-    k_ = take(kBwdKeys * plan.head_ld);
-    v_ = take(kBwdKeys * plan.value_ld);
+    k_ = take(plan.chunk_keys * plan.head_ld);
+    v_ = take(plan.chunk_keys * plan.value_ld);
     score_ = take(kBwdKeys * plan.lane_ld);
     grad_ = take(kBwdKeys * plan.lane_ld);
     bias_ = take(kBwdKeys * plan.lane_ld);
     capped_ = take(kBwdKeys * plan.lane_ld);
   }
 
-  C* dq() const { return dq_; }
-
-  // Keys that some query of [i0, i0 + size) sees through the band.
-  Range band_of(int64_t i0, int64_t size) const {
-    const KeyRange keys = band_keys(s_, i0, i0 + size);
-    return {keys.begin, keys.end};
+  // K and V of a chunk in the compute type, once for all query blocks that meet it: strided rows
+  // read again and again cost a fifth of the time. Rows that the key mask hides become 0.
+  void load_keys(int64_t b, int64_t g, Range keys) {
+    head_ = attention_head<T>(s_, a_.in, b, g * (s_.heads / s_.kv_heads));
+    chunk_ = keys.begin;
+    reload_keys(keys.begin, keys.size());
+    const uint8_t* key_mask = head_.key_mask ? head_.key_mask + keys.begin : nullptr;
+    copy_rows<C>(head_.v + keys.begin * head_.v_stride, head_.v_stride, keys.size(), s_.value_dim,
+                 key_mask, v_, plan_.value_ld);
+    finite_ = rows_finite(k_, plan_.head_ld, keys.size(), s_.head_dim);
   }
 
   // Queries [i0, i0 + size) of a head, both ways round: Q^T and dO^T as the lanes of scores, Q and
-  // dO as the rows that dK and dV sum. Clears dQ.
+  // dO as the rows that dK and dV sum.
   void load_queries(int64_t b, int64_t h, int64_t i0, int64_t size) {
     b_ = b, h_ = h, i0_ = i0, queries_ = size;
     head_ = attention_head<T>(s_, a_.in, b, h);
@@ -125,7 +128,6 @@ class BwdBlock {
     copy_rows<C>(dout_, a_.dout_stride[2], size, s_.value_dim, nullptr, do_, plan_.value_ld);
     bad_q_.remove_from(q_, size, s_.head_dim, plan_.head_ld);
     bad_do_.remove_from(do_, size, s_.value_dim, plan_.value_ld);
-    clear_rows(dq_, size, s_.head_dim, plan_.head_ld);
     const int64_t base = (b * s_.heads + h) * s_.q_len + i0;
     const C* lse = static_cast<const C*>(a_.lse) + base;
     const C infinity = static_cast<C>(HUGE_VAL);
@@ -148,7 +150,7 @@ class BwdBlock {
       all &= panel_[x].seen == Seen::kAll;
     }
     if (!any) return false;
-    load_keys(all);
+    mixed_ = !all;
     for (int64_t l = 0, x = 0; l < queries_; l += kPanel, ++x) panel_gradients(x, l, dbias);
     return true;
   }
@@ -169,15 +171,12 @@ class BwdBlock {
                                  sums.dk_ld, lanes_of);
     }
     if (!sums.dq) return;
-    bad_k_.remove_from(k_, mixed_ ? keys_ : 0, s_.head_dim, plan_.head_ld);
-    for (int64_t n = 0; n < bad_k_.count; ++n) {
-      const T* k = head_.k + (j0_ + bad_k_.row[n]) * head_.k_stride;
-      const C* weights = grad_ + bad_k_.row[n] * plan_.lane_ld;
-      for (int64_t l = 0; l < queries_; ++l)
-        add_row(weights[l], k, s_.head_dim, sums.dq + l * sums.dq_ld);
-    }
-    product<AOrder::kColMajor>(queries_, s_.head_dim, keys_, grad_, k_, plan_.head_ld, sums.dq,
+    C* k = keys_at(j0_);
+    const bool guard = mixed_ && !finite_;
+    if (guard) add_bad_keys(k, sums);
+    product<AOrder::kColMajor>(queries_, s_.head_dim, keys_, grad_, k, plan_.head_ld, sums.dq,
                                sums.dq_ld, keys_of);
+    if (guard) reload_keys(j0_, keys_);
   }
 
  private:
@@ -214,14 +213,13 @@ class BwdBlock {
     return panel;
   }
 
-  void load_keys(bool all_seen) {
-    const uint8_t* key_mask = head_.key_mask ? head_.key_mask + j0_ : nullptr;
-    copy_rows<C>(head_.k + j0_ * head_.k_stride, head_.k_stride, keys_, s_.head_dim, key_mask, k_,
-                 plan_.head_ld);
-    copy_rows<C>(head_.v + j0_ * head_.v_stride, head_.v_stride, keys_, s_.value_dim, key_mask, v_,
-                 plan_.value_ld);
-    mixed_ = !all_seen;
+  void reload_keys(int64_t j0, int64_t size) {
+    const uint8_t* key_mask = head_.key_mask ? head_.key_mask + j0 : nullptr;
+    copy_rows<C>(head_.k + j0 * head_.k_stride, head_.k_stride, size, s_.head_dim, key_mask,
+                 keys_at(j0), plan_.head_ld);
   }
+
+  C* keys_at(int64_t j) const { return k_ + (j - chunk_) * plan_.head_ld; }
 
   void panel_gradients(int64_t x, int64_t l, C* dbias) {
     const Panel& panel = panel_[x];
@@ -235,10 +233,11 @@ class BwdBlock {
     clear_rows(grad + end * ld, keys_ - end, kPanel, ld);
     score += begin * ld;
     grad += begin * ld;
-    tile_matmul<AOrder::kRowMajor>(keys, kPanel, s_.head_dim, k_ + begin * plan_.head_ld,
+    tile_matmul<AOrder::kRowMajor>(keys, kPanel, s_.head_dim, keys_at(panel.block.j0),
                                    plan_.head_ld, qt_ + l, ld, StoreTo<C>{score, ld});
-    tile_matmul<AOrder::kRowMajor>(keys, kPanel, s_.value_dim, v_ + begin * plan_.value_ld,
-                                   plan_.value_ld, dot_ + l, ld, StoreTo<C>{grad, ld});
+    tile_matmul<AOrder::kRowMajor>(keys, kPanel, s_.value_dim,
+                                   v_ + (panel.block.j0 - chunk_) * plan_.value_ld, plan_.value_ld,
+                                   dot_ + l, ld, StoreTo<C>{grad, ld});
     const ScoreRules<C> rules{static_cast<C>(s_.softcap), head_.slope, s_.shift,
                               head_.bias ? bias_of(x) : nullptr,
                               panel.seen == Seen::kAll ? nullptr : bits_[x]};
@@ -318,6 +317,17 @@ class BwdBlock {
     }
   }
 
+  // dq += weight(key, query) * key for the keys that are not finite, which are taken out of k.
+  void add_bad_keys(C* k, const BwdSums<C>& sums) {
+    bad_k_.remove_from(k, keys_, s_.head_dim, plan_.head_ld);
+    for (int64_t n = 0; n < bad_k_.count; ++n) {
+      const T* bad = head_.k + (j0_ + bad_k_.row[n]) * head_.k_stride;
+      const C* weights = grad_ + bad_k_.row[n] * plan_.lane_ld;
+      for (int64_t l = 0; l < queries_; ++l)
+        add_row(weights[l], bad, s_.head_dim, sums.dq + l * sums.dq_ld);
+    }
+  }
+
   // c[rows][lanes] += weights b. Where the band cuts the block, each register tile of rows sums
   // over the part of the depth that it can see: depth_of(rows).
   template <AOrder kOrder, class F>
@@ -344,12 +354,12 @@ class BwdBlock {
   const BwdPlan& plan_;
   const C* deltas_;
   C* next_;
-  C *lse_, *delta_, *qt_, *dot_, *q_, *do_, *dq_, *k_, *v_, *score_, *grad_, *bias_, *capped_;
-  int64_t b_, h_, i0_, queries_, j0_, keys_;
+  C *lse_, *delta_, *qt_, *dot_, *q_, *do_, *k_, *v_, *score_, *grad_, *bias_, *capped_;
+  int64_t b_, h_, i0_, queries_, chunk_, j0_, keys_;
   AttentionHead<T> head_;
   const T* dout_;
   Band band_;
-  bool mixed_;  // some of the block is hidden
+  bool mixed_, finite_;  // some of the block is hidden; all of K's chunk is finite
   BadRows<C> bad_q_, bad_do_, bad_k_;
   Panel panel_[kPanels];
   uint32_t bits_[kPanels][kBwdKeys];
