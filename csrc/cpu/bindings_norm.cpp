@@ -75,9 +75,7 @@ void bind_norm(py::module_& m) {
         });
   m.def(
       "norm_bwd_scratch",
-      [](int64_t rows, int64_t cols) {
-        return 2 * cols * (rows < kNormBwdChunks ? rows : kNormBwdChunks);
-      },
+      [](int64_t rows, int64_t cols) { return 2 * cols * norm_bwd_chunks(rows); },
       "Compute-type values of scratch that a weight or bias gradient takes.");
 }
 

@@ -6,10 +6,11 @@
 namespace llmkern {
 namespace LLMKERN_ISA {
 
-// f(column, lanes) over the row; lanes < kLanes only for the tail. Inlined twice, so that in the
-// main loop `lanes` is a constant and the masked forms vanish.
+// f(column, lanes) over the row; lanes < kLanes only for the tail. f is inlined twice, so that in
+// the main loop `lanes` is a constant and the masked forms vanish; without flatten GCC calls a
+// large f, which then loads all its constants for each vector.
 template <int kLanes, class F>
-static inline void for_columns(int64_t cols, const F& f) {
+__attribute__((flatten)) static inline void for_columns(int64_t cols, const F& f) {
   int64_t j = 0;
   for (; j + kLanes <= cols; j += kLanes) f(j, kLanes);
   if (j < cols) f(j, static_cast<int>(cols - j));

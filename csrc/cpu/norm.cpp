@@ -2,7 +2,7 @@
 // blocks that stay in the first two cache levels, so memory sees each element once: forward passes
 // over a block are the sum, the centred squares, the output; backward passes are the two means with
 // the weight gradient, then dx. A row's arithmetic does not depend on its block. The weight
-// gradient is summed in kNormBwdChunks fixed row ranges, then across them, so no thread count
+// gradient is summed in row ranges that the shape fixes, then across them, so no thread count
 // changes a bit.
 #include "llmkern/norm.h"
 
@@ -92,6 +92,19 @@ void add_row(const NormShape& s, int64_t row, const X* x, const T* residual, T* 
   }
 }
 
+// weight (+ 1 with unit_offset), or 1 where there is none. Held by value: read through the argument
+// struct, it would be loaded again after every store.
+template <class V, class W>
+struct Scale {
+  const W* weight;
+  V offset;
+  Scale(const NormShape& s, const void* p)
+      : weight(static_cast<const W*>(p)), offset(s.unit_offset ? V::set1(1) : V::zero()) {}
+  V operator()(int64_t j, int lanes) const {
+    return weight ? load<V>(weight + j, lanes) + offset : V::set1(1);
+  }
+};
+
 // Sum of f(v) over the row in four chains: the add latency is 4 cycles.
 template <class T, class F>
 inline Compute<T> row_sum(const T* z, int64_t cols, const F& f) {
@@ -117,15 +130,14 @@ inline Compute<T> centred_squares(const T* z, int64_t cols, Compute<T> mean) {
 }
 
 template <bool kStream, class T, class W>
-inline void write_row(const NormShape& s, const T* z, const W* weight, const W* bias, T* y,
-                      Compute<T> mean, Compute<T> rstd) {
+inline void write_row(int64_t cols, const T* z, Scale<Vec<Compute<T>>, W> scale, const W* bias,
+                      T* y, Compute<T> mean, Compute<T> rstd) {
   using V = Vec<Compute<T>>;
-  const V centre = V::set1(mean), r = V::set1(rstd), one = V::set1(1);
-  for_columns<V::kLanes>(s.cols, [&](int64_t j, int lanes) {
+  const V centre = V::set1(mean), r = V::set1(rstd);
+  for_columns<V::kLanes>(cols, [=](int64_t j, int lanes) {
     V v = (load<V>(z + j, lanes) - centre) * r;
-    if (weight) {
-      V w = load<V>(weight + j, lanes);
-      if (s.unit_offset) w = w + one;
+    if (scale.weight) {
+      const V w = scale(j, lanes);
       v = bias ? V::fma(v, w, load<V>(bias + j, lanes)) : v * w;
     } else if (bias) {
       v = v + load<V>(bias + j, lanes);
@@ -157,7 +169,8 @@ struct Forward {
   template <bool kStream>
   void rows(int64_t begin, int64_t end) const {
     const C n = static_cast<C>(s.cols);
-    const W *weight = static_cast<const W*>(a.weight), *bias = static_cast<const W*>(a.bias);
+    const Scale<Vec<C>, W> scale(s, a.weight);
+    const W* bias = static_cast<const W*>(a.bias);
     for (int64_t i = begin; i < end; i += kFwdRows) {
       const int count = static_cast<int>(min_of<int64_t>(kFwdRows, end - i));
       const T* z[kFwdRows];
@@ -171,7 +184,7 @@ struct Forward {
             C(1) / std::sqrt(centred_squares(z[r], s.cols, mean[r]) / n + static_cast<C>(s.eps));
       for (int r = 0; r < count; ++r) {
         T* y = static_cast<T*>(a.y) + (i + r) * s.cols;
-        write_row<kStream>(s, z[r], weight, bias, y, mean[r], rstd[r]);
+        write_row<kStream>(s.cols, z[r], scale, bias, y, mean[r], rstd[r]);
         if (a.mean) static_cast<C*>(a.mean)[i + r] = mean[r];
         static_cast<C*>(a.rstd)[i + r] = rstd[r];
       }
@@ -202,12 +215,6 @@ struct Backward {
     C mean_g, mean_gx;  // of g = dy * w and of g * xhat
   };
 
-  V weight_at(int64_t j, int lanes) const {
-    if (!a.weight) return V::set1(1);
-    const V w = load<V>(static_cast<const W*>(a.weight) + j, lanes);
-    return s.unit_offset ? w + V::set1(1) : w;
-  }
-
   Row row(int64_t i) const {
     return {static_cast<const T*>(a.z) + i * a.z_stride,
             static_cast<const T*>(a.dy) + i * a.dy_stride,
@@ -217,26 +224,34 @@ struct Backward {
             C(0)};
   }
 
-  // The two means of kRows rows, and their share of the weight gradients.
-  template <int kRows>
+  // The two means of kRows rows, and with kAffine their share of the weight gradients.
+  template <int kRows, bool kAffine>
   void reduce_rows(Row* r, C* dweight, C* dbias) const {
+    const Scale<V, W> scale(s, a.weight);
     V sum_g[kRows], sum_gx[kRows];
-    for (int k = 0; k < kRows; ++k) sum_g[k] = sum_gx[k] = V::zero();
+    const T *z[kRows], *dy[kRows];
+    for (int k = 0; k < kRows; ++k) {
+      sum_g[k] = sum_gx[k] = V::zero();
+      z[k] = r[k].z;
+      dy[k] = r[k].dy;
+    }
     for_columns<V::kLanes>(s.cols, [&](int64_t j, int lanes) {
-      const V w = weight_at(j, lanes);
-      V sum_weight = dweight ? load<V>(dweight + j, lanes) : V::zero();
-      V sum_bias = dbias ? load<V>(dbias + j, lanes) : V::zero();
+      const V w = scale(j, lanes);
+      V sum_weight = kAffine ? load<V>(dweight + j, lanes) : V::zero();
+      V sum_bias = kAffine ? load<V>(dbias + j, lanes) : V::zero();
       for (int k = 0; k < kRows; ++k) {
-        V xhat = (load<V>(r[k].z + j, lanes) - V::set1(r[k].mean)) * V::set1(r[k].rstd);
+        V xhat = (load<V>(z[k] + j, lanes) - V::set1(r[k].mean)) * V::set1(r[k].rstd);
         if (lanes != V::kLanes) xhat = V::keep(V::Mask::first(lanes), xhat);
-        const V d = load<V>(r[k].dy + j, lanes), g = d * w;
+        const V d = load<V>(dy[k] + j, lanes), g = d * w;
         sum_g[k] = sum_g[k] + g;
         sum_gx[k] = V::fma(g, xhat, sum_gx[k]);
         sum_weight = V::fma(d, xhat, sum_weight);
         sum_bias = sum_bias + d;
       }
-      if (dweight) store(dweight + j, sum_weight, lanes);
-      if (dbias) store(dbias + j, sum_bias, lanes);
+      if (kAffine) {
+        store(dweight + j, sum_weight, lanes);
+        store(dbias + j, sum_bias, lanes);
+      }
     });
     const C n = static_cast<C>(s.cols);
     for (int k = 0; k < kRows; ++k) {
@@ -245,14 +260,22 @@ struct Backward {
     }
   }
 
-  // out = (g - mean_g - xhat * mean_gx) * rstd (+ dz), as two multiply-adds on z - mean and g.
+  template <int kRows>
+  void reduce_rows(Row* r, C* dweight, C* dbias) const {
+    if (dweight) return reduce_rows<kRows, true>(r, dweight, dbias);
+    reduce_rows<kRows, false>(r, nullptr, nullptr);
+  }
+
+  // out = (g - mean_g - xhat * mean_gx) * rstd (+ dz).
   template <bool kStream, class Out>
   void write_gradient(const Row& r, const T* dz, Out* out) const {
     const V mean = V::set1(r.mean), rstd = V::set1(r.rstd);
-    const V slope = V::set1(-r.mean_gx * r.rstd * r.rstd), shift = V::set1(-r.mean_g * r.rstd);
-    for_columns<V::kLanes>(s.cols, [&](int64_t j, int lanes) {
-      const V g = load<V>(r.dy + j, lanes) * weight_at(j, lanes);
-      V d = V::fma(load<V>(r.z + j, lanes) - mean, slope, V::fma(g, rstd, shift));
+    const V mean_g = V::set1(r.mean_g), slope = V::set1(r.mean_gx * r.rstd);
+    const Scale<V, W> scale(s, a.weight);
+    const T *z = r.z, *dy = r.dy;
+    for_columns<V::kLanes>(s.cols, [=](int64_t j, int lanes) {
+      const V g = load<V>(dy + j, lanes) * scale(j, lanes);
+      V d = V::fnma(load<V>(z + j, lanes) - mean, slope, g - mean_g) * rstd;
       if (dz) d = d + load<V>(dz + j, lanes);
       store_out<kStream>(out + j, d, lanes);
     });
@@ -273,8 +296,7 @@ struct Backward {
 
   template <bool kStream>
   void rows(int64_t begin, int64_t end, C* dweight, C* dbias) const {
-    for (int64_t j = 0; dweight && j < s.cols; ++j) dweight[j] = 0;
-    for (int64_t j = 0; dbias && j < s.cols; ++j) dbias[j] = 0;
+    for (int64_t j = 0; dweight && j < s.cols; ++j) dweight[j] = dbias[j] = 0;
     for (int64_t i = begin; i < end; i += kBwdRows) {
       const int count = static_cast<int>(min_of<int64_t>(kBwdRows, end - i));
       Row r[kBwdRows];
@@ -289,15 +311,15 @@ struct Backward {
   }
 
   void run() const {
-    const int64_t chunks = min_of<int64_t>(kNormBwdChunks, s.rows);
+    const int64_t chunks = norm_bwd_chunks(s.rows);
     C* partial = static_cast<C*>(a.scratch);
     const bool wants_weight = a.dweight != nullptr, wants_bias = a.dbias != nullptr;
     const int64_t grain = max_of<int64_t>(1, chunks * row_grain(s) / max_of<int64_t>(1, s.rows));
     const bool stream = streams<X>(a.dx, s);
     parallel_ranges(chunks, grain, [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c) {
-        C* dweight = wants_weight ? partial + c * 2 * s.cols : nullptr;
-        C* dbias = wants_bias ? partial + (c * 2 + 1) * s.cols : nullptr;
+        C* dweight = wants_weight || wants_bias ? partial + c * 2 * s.cols : nullptr;
+        C* dbias = dweight ? dweight + s.cols : nullptr;
         const int64_t begin = s.rows * c / chunks, end = s.rows * (c + 1) / chunks;
         if constexpr (sizeof(X) == sizeof(float)) {
           if (stream) {

@@ -155,7 +155,7 @@ def _norm(
     tensors = signature(x, residual, weight, bias)
     plan = None
     if tensors is not None:
-        key = (tensors, options)
+        key = (op, tensors, options)
         plan = _plans.get(key)
     if plan is None:
         plan = _plan(op, x, residual, weight, bias, *options)
@@ -229,9 +229,7 @@ def _check(op, x, residual, normalized_shape, weight, bias, eps, dropout_p) -> i
     if eps is not None and not eps >= 0.0:
         raise ArgumentError(f"{op}: eps must be >= 0, got {eps}")
     checks.probability(op, "dropout_p", dropout_p)
-    dtype = x.dtype
-    if residual is not None:
-        dtype = _check_residual(op, x, residual)
+    dtype = _check_residual(op, x, residual) if op.startswith("add_") else x.dtype
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue

@@ -17,7 +17,7 @@ namespace llmkern {
 namespace LLMKERN_ISA {
 
 template <class V>
-static inline V clamp_magnitude(V x, double limit) {
+LLMKERN_INLINE V clamp_magnitude(V x, double limit) {
   using S = typename V::Scalar;
   return V::min(V::set1(S(limit)), V::max(V::set1(S(-limit)), x));
 }
@@ -30,7 +30,7 @@ struct Complements {
 
 // 1 / (1 + e^-x) and its complement, from e^-|x| alone, which cannot overflow.
 template <class V>
-static inline Complements<V> sigmoid(V x) {
+LLMKERN_INLINE Complements<V> sigmoid(V x) {
   const V one = V::set1(1);
   const V e = exp_nonpositive(V::neg(V::abs(x)));
   const V large = one / (one + e);
@@ -44,7 +44,7 @@ static inline Complements<V> sigmoid(V x) {
 // 1 - Phi(t) = e^(-t^2/2) * R(t) for t >= 0, R the Mills ratio over sqrt(2 pi) as a rational of
 // degree 4 over 5: minimax in relative error on [0, 13.3], 2.4e-8 with these coefficients. All
 // coefficients are positive, so nothing cancels.
-static inline VecF normal_cdf(VecF x, VecF* density = nullptr) {
+LLMKERN_INLINE VecF normal_cdf(VecF x, VecF* density = nullptr) {
   const VecF t = VecF::abs(x), half = VecF::set1(0.5f) * t;
   // t^2/2 = square + rest; without the rest the relative error of e^-square grows with t^2.
   const VecF square = half * t, rest = VecF::fma(half, t, VecF::neg(square));
@@ -88,7 +88,7 @@ struct Limits<VecD> {
 constexpr double kGeluTanhA = 1.59576912160573071176, kGeluTanhB = 0.07135481627260025;
 
 template <Activation kActivation, class V>
-static inline V activate(V x) {
+LLMKERN_INLINE V activate(V x) {
   using S = typename V::Scalar;
   if constexpr (kActivation == Activation::kRelu) {
     return V::max(V::zero(), x);
@@ -107,7 +107,7 @@ static inline V activate(V x) {
 }
 
 template <Activation kActivation, class V>
-static inline V activate_grad(V x, V dy) {
+LLMKERN_INLINE V activate_grad(V x, V dy) {
   using S = typename V::Scalar;
   const V one = V::set1(1);
   if constexpr (kActivation == Activation::kRelu) {

@@ -10,7 +10,7 @@ namespace llmkern {
 namespace LLMKERN_ISA {
 
 // x = n ln 2 + r with |r| <= ln2/2 and n in [-126, 127]; ln 2 in two parts, so r keeps its bits.
-static inline VecF reduce_exp(VecF x, VecF* n) {
+LLMKERN_INLINE VecF reduce_exp(VecF x, VecF* n) {
   *n = VecF::round(
       VecF::min(VecF::set1(127.0f), VecF::max(VecF::set1(-126.0f), x * VecF::set1(1.44269504f))));
   const VecF r = VecF::fnma(*n, VecF::set1(0.693359375f), x);
@@ -18,7 +18,7 @@ static inline VecF reduce_exp(VecF x, VecF* n) {
 }
 
 // (e^r - 1 - r) / r^2 for |r| <= ln2/2: Taylor-minimax of degree 5.
-static inline VecF exp_tail(VecF r) {
+LLMKERN_INLINE VecF exp_tail(VecF r) {
   VecF p = VecF::set1(1.9875691500e-4f);
   p = VecF::fma(p, r, VecF::set1(1.3981999507e-3f));
   p = VecF::fma(p, r, VecF::set1(8.3334519073e-3f));
@@ -29,7 +29,7 @@ static inline VecF exp_tail(VecF r) {
 
 // e^x. Error below 2 ulp up to x = 88.3, 5 at the last value before overflow; exp(-inf) = 0,
 // results below 2^-126 are 0, exp(+big) = inf, NaN stays NaN.
-static inline VecF exp(VecF x) {
+LLMKERN_INLINE VecF exp(VecF x) {
   const VecF lowest = VecF::set1(-87.33654f), highest = VecF::set1(88.72283f);
   VecF n;
   const VecF r = reduce_exp(x, &n);
@@ -46,7 +46,7 @@ static inline VecF exp(VecF x) {
 // faster. N vectors side by side, step by step: a single chain of 11 dependent operations fills the
 // scheduler before it fills the multipliers.
 template <int N>
-static inline void exp_nonpositive(VecF (&x)[N]) {
+LLMKERN_INLINE void exp_nonpositive(VecF (&x)[N]) {
   const VecF magic = VecF::set1(12582912.0f + 127.0f), one = VecF::set1(1.0f);
   VecF t[N], p[N];
   for (int i = 0; i < N; ++i) {
@@ -67,7 +67,7 @@ static inline void exp_nonpositive(VecF (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] = p[i] * VecF::from_bits(t[i].to_bits().template shl<23>());
 }
 
-static inline VecF exp_nonpositive(VecF x) {
+LLMKERN_INLINE VecF exp_nonpositive(VecF x) {
   VecF y[1] = {x};
   exp_nonpositive(y);
   return y[0];
@@ -75,7 +75,7 @@ static inline VecF exp_nonpositive(VecF x) {
 
 // tanh(x) = t / (t + 2) with t = e^(2|x|) - 1, which keeps its relative accuracy down to x = 0.
 // Error below 2.5 ulp; 1 from |x| = 9.01 on; NaN stays NaN, -0 stays -0.
-static inline VecF tanh(VecF x) {
+LLMKERN_INLINE VecF tanh(VecF x) {
   VecF n;
   // e^40 is beyond what t + 2 can tell from t, and far from overflow.
   const VecF r = reduce_exp(VecF::min(VecF::set1(40.0f), VecF::abs(x + x)), &n);

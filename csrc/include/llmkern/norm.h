@@ -40,8 +40,11 @@ struct NormFwdArgs {
   void *mean, *rstd;          // [rows], float (double for kFloat64); mean null for rms
 };
 
-constexpr int kNormBwdChunks =
-    32;  // partial rows of the weight gradient: fixed, so any thread count sums alike
+// Row ranges that the weight gradient is summed in: a function of the shape alone, so any number of
+// threads sums alike; few rows are not worth a partial sum.
+constexpr int64_t norm_bwd_chunks(int64_t rows) {
+  return rows >= 32 * 16 ? 32 : rows >= 16 ? rows / 16 : rows > 0;
+}
 
 struct NormBwdArgs {
   NormShape shape;
@@ -55,7 +58,7 @@ struct NormBwdArgs {
   void* dx;               // null: not wanted; else contiguous, x_dtype, with the dropout mask
   void* dresidual;        // null: not wanted, or the same as dx; else contiguous
   void *dweight, *dbias;  // null: not wanted; weight_dtype
-  void* scratch;          // 2 * cols compute-type values for each chunk: min(rows, kNormBwdChunks)
+  void* scratch;          // 2 * cols * norm_bwd_chunks(rows) compute-type values
 };
 
 }  // namespace llmkern
