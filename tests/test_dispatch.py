@@ -144,3 +144,28 @@ def test_support_matrix_of_the_docs_is_current():
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_default_device_and_dtype_do_not_reach_the_kernels_buffers(device):
+    """A torch.device context or another default dtype is about the caller's tensors, not ours."""
+    from llmkern import functional as K
+
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    q = torch.randn(1, 2, 20, 8, requires_grad=True)
+    calls = [
+        lambda: K.layer_norm(x, (8,)),
+        lambda: K.linear(x, w, activation="gelu"),
+        lambda: K.scaled_dot_product_attention(q, q, q),
+        lambda: K.gelu(x),
+    ]
+    for call in calls:
+        want = call()
+        torch.set_default_dtype(torch.float16)
+        try:
+            with torch.device(device):
+                got = call()
+                got.sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert got.device.type == "cpu" and torch.equal(got, want)

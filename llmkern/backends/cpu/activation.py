@@ -30,7 +30,9 @@ def forward(spec: ActivationSpec, x: Tensor, inplace: bool) -> Tensor:
         y, y_stride = out, spec.elements
     else:
         flat, rows, cols, stride = plane_of(x)
-        y, y_stride = (flat, stride) if inplace else (torch.empty(x.shape, dtype=x.dtype), cols)
+        y, y_stride = (
+            (flat, stride) if inplace else (torch.empty(x.shape, dtype=x.dtype, device="cpu"), cols)
+        )
     _ext.load().module.activation_fwd(
         DTYPE_CODES[spec.dtype],
         CODES[spec.activation],
@@ -55,7 +57,7 @@ def backward(spec: ActivationSpec, dy: Tensor, x: Tensor) -> Tensor:
         planes = [plane_of(x), plane_of(dy)]
         if planes[0][1:3] != planes[1][1:3]:
             planes = [plane_of(x.contiguous()), plane_of(dy.contiguous())]
-        dx = torch.empty(x.shape, dtype=x.dtype)
+        dx = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     (x_flat, rows, cols, x_stride), (dy_flat, _, _, dy_stride) = planes
     _ext.load().module.activation_bwd(
         DTYPE_CODES[spec.dtype],

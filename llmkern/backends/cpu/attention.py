@@ -87,9 +87,11 @@ def forward(
     inputs = _Inputs(spec, q, k, v, bias, mask, key_mask, slopes, sinks)
     b, h, s = spec.batch, spec.heads, spec.q_len
     # transpose_, not transpose: autograd forbids in-place changes to views made in a Function.
-    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype).transpose_(1, 2)
-    lse = torch.empty(b, h, s, dtype=numerics.compute_dtype(spec.dtype))
-    scratch = torch.empty(module.attention_fwd_scratch_bytes(shape) // 4)
+    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype, device="cpu").transpose_(1, 2)
+    lse = torch.empty(b, h, s, dtype=numerics.compute_dtype(spec.dtype), device="cpu")
+    scratch = torch.empty(
+        module.attention_fwd_scratch_bytes(shape) // 4, dtype=torch.float32, device="cpu"
+    )
     module.attention_fwd(
         shape,
         inputs.codes,
@@ -108,7 +110,7 @@ def _gradient(wanted: bool, like: Tensor, into: Tensor | None) -> tuple[Tensor |
     result = torch.empty_like(like) if into is None else into
     if result.stride(3) == 1 or result.shape[3] <= 1:
         return result, result
-    return torch.empty(result.shape, dtype=result.dtype), result
+    return torch.empty(result.shape, dtype=result.dtype, device="cpu"), result
 
 
 def backward(
@@ -137,12 +139,14 @@ def backward(
     dout, out, lse = _rows(dout), _rows(out), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     pairs = [_gradient(*of) for of in zip(wants[:3], (q, k, v), (dq, dk, dv), strict=True)]
-    dbias = torch.zeros(bias.shape, dtype=bias.dtype) if wants[3] else None
-    dsinks = torch.empty(spec.heads) if wants[4] else None
+    dbias = torch.zeros(bias.shape, dtype=bias.dtype, device="cpu") if wants[3] else None
+    dsinks = torch.empty(spec.heads, dtype=torch.float32, device="cpu") if wants[4] else None
     codes = []
     for rows, _ in pairs:
         codes += (0, (0, 0, 0)) if rows is None else (rows.data_ptr(), rows.stride()[:3])
-    scratch = torch.empty(module.attention_bwd_scratch_bytes(shape) // 4)
+    scratch = torch.empty(
+        module.attention_bwd_scratch_bytes(shape) // 4, dtype=torch.float32, device="cpu"
+    )
     module.attention_bwd(
         shape,
         inputs.codes,

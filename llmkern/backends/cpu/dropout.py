@@ -17,7 +17,7 @@ def forward(spec: DropoutSpec, x: Tensor, seed: Tensor, inplace: bool) -> Tensor
     """x with dropped elements 0 and kept ones scaled; x itself where inplace."""
     flat, rows, cols, stride = plane_of(x)
     if not inplace:
-        out, out_stride = torch.empty(x.shape, dtype=x.dtype), cols
+        out, out_stride = torch.empty(x.shape, dtype=x.dtype, device="cpu"), cols
     else:
         out, out_stride = flat, stride
     _ext.load().module.dropout(

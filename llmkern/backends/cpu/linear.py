@@ -60,7 +60,7 @@ def _own_gemm(a: Tensor, b: Tensor, up: Tensor | None, epilogue: _Epilogue, y: T
     n = b.shape[0]
     up_stride = (0, 0) if up is None else up.stride()
     shape = (DTYPE_CODES[a.dtype], m, n, k, *a.stride(), *b.stride(), *up_stride, up is not None)
-    scratch = torch.empty(module.gemm_scratch(shape), dtype=torch.uint8)
+    scratch = torch.empty(module.gemm_scratch(shape), dtype=torch.uint8, device="cpu")
     module.gemm(shape, a.data_ptr(), b.data_ptr(), address(up), epilogue.arguments(y, n),
                 scratch.data_ptr())  # fmt: skip
 
@@ -99,11 +99,14 @@ def forward(
     shape = (*x.shape[:-1], cols)
     parts = 2 if spec.gated else 1
     if choice == tiles.OWN:
-        kept = [torch.empty(shape, dtype=x.dtype) for _ in range(parts if spec.keep_preact else 0)]
+        kept = [
+            torch.empty(shape, dtype=x.dtype, device="cpu")
+            for _ in range(parts if spec.keep_preact else 0)
+        ]
     else:
         kept = [_torch_gemm(choice, a, w).reshape(shape) for w in (weight, up_weight)[:parts]]
     in_place = choice != tiles.OWN and not spec.keep_preact
-    y = kept[0] if in_place else torch.empty(shape, dtype=x.dtype)
+    y = kept[0] if in_place else torch.empty(shape, dtype=x.dtype, device="cpu")
     products, kept = kept, kept if spec.keep_preact else []
     preacts = [kept[i] if i < len(kept) else None for i in range(2)]
     epilogue = _Epilogue(
@@ -124,7 +127,7 @@ def forward(
             DTYPE_CODES[x.dtype], rows, cols, *addresses, *[0] * (2 - parts),
             epilogue.arguments(y, cols),
         )  # fmt: skip
-    empty = [torch.empty(0, dtype=x.dtype) for _ in range(2 - len(kept))]
+    empty = [torch.empty(0, dtype=x.dtype, device="cpu") for _ in range(2 - len(kept))]
     return y, *kept, *empty
 
 
@@ -146,18 +149,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, up_weight, bias, up_bias); empty where `wants` says no."""
     g, gu, dbias, dup_bias = _product_gradients(spec, dy, preact, up_preact, seed, wants)
-    found = [torch.empty(0, dtype=x.dtype) for _ in range(3)]
+    found = [torch.empty(0, dtype=x.dtype, device="cpu") for _ in range(3)]
     if wants[0]:
-        dx = found[0] = torch.empty(x.shape, dtype=x.dtype)
+        dx = found[0] = torch.empty(x.shape, dtype=x.dtype, device="cpu")
         rows = dx.view(spec.rows, spec.in_features)
         if spec.gated:
             _gemm(gu, up_weight.T, rows)
         _gemm(g, weight.T, rows, rows if spec.gated else None)
     a = x.reshape(spec.rows, spec.in_features)
     if wants[1]:
-        found[1] = _gemm(g.T, a.T, torch.empty(weight.shape, dtype=x.dtype))
+        found[1] = _gemm(g.T, a.T, torch.empty(weight.shape, dtype=x.dtype, device="cpu"))
     if wants[2]:
-        found[2] = _gemm(gu.T, a.T, torch.empty(up_weight.shape, dtype=x.dtype))
+        found[2] = _gemm(gu.T, a.T, torch.empty(up_weight.shape, dtype=x.dtype, device="cpu"))
     return (*found, dbias, dup_bias)
 
 
@@ -171,19 +174,21 @@ def _product_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(g, gu) [rows, out_features], gradients of the two products, and those of their biases."""
     rows, cols, dtype = spec.rows, spec.out_features, spec.dtype
-    dbias = torch.empty(cols if wants[3] else 0, dtype=dtype)
-    dup_bias = torch.empty(cols if wants[4] else 0, dtype=dtype)
+    dbias = torch.empty(cols if wants[3] else 0, dtype=dtype, device="cpu")
+    dup_bias = torch.empty(cols if wants[4] else 0, dtype=dtype, device="cpu")
     changed = spec.activation is not None or spec.dropout_p > 0.0
     sums = wants[3] or wants[4]
     if not changed and not sums:
         return dy.reshape(rows, cols), None, dbias, dup_bias
     dy_rows, dy_stride = rows_of(dy, rows, cols)
     products = changed and (wants[0] or wants[1] or wants[2])
-    g = torch.empty((rows, cols), dtype=dtype) if products else None
-    gu = torch.empty((rows, cols), dtype=dtype) if products and spec.gated else None
+    g = torch.empty((rows, cols), dtype=dtype, device="cpu") if products else None
+    gu = torch.empty((rows, cols), dtype=dtype, device="cpu") if products and spec.gated else None
     module = _ext.load().module
     wide = numerics.compute_dtype(dtype)
-    scratch = torch.empty(module.LINEAR_BWD_CHUNKS * 4 * cols if sums else 0, dtype=wide)
+    scratch = torch.empty(
+        module.LINEAR_BWD_CHUNKS * 4 * cols if sums else 0, dtype=wide, device="cpu"
+    )
     module.linear_bwd(
         DTYPE_CODES[dtype],
         rows,

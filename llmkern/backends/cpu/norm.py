@@ -38,7 +38,7 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of like's shape. empty_like takes half the time of empty with a shape."""
     if like.dtype == dtype and like.is_contiguous():
         return torch.empty_like(like)
-    return torch.empty(like.shape, dtype=dtype)
+    return torch.empty(like.shape, dtype=dtype, device="cpu")
 
 
 def forward(
@@ -59,7 +59,9 @@ def forward(
     y = _empty(x, dtype)
     z = torch.empty_like(y) if spec.keep_z else None
     # Sizes as arguments, not as a tuple: half the time again.
-    statistics = torch.empty(1 if spec.rms else 2, rows, dtype=numerics.compute_dtype(dtype))
+    statistics = torch.empty(
+        1 if spec.rms else 2, rows, dtype=numerics.compute_dtype(dtype), device="cpu"
+    )
     start = statistics.data_ptr()
     _ext.load().module.norm_fwd(
         _shape(spec),
@@ -98,11 +100,13 @@ def backward(
     if wants[0] and spec.add and (spec.dropout_p or spec.x_dtype != spec.dtype):
         dresidual = _empty(z, spec.dtype)
     affine_dtype = spec.dtype if spec.weight_dtype is None else spec.weight_dtype
-    dweight = torch.empty(cols, dtype=affine_dtype) if wants[1] else None
-    dbias = torch.empty(cols, dtype=affine_dtype) if wants[2] else None
+    dweight = torch.empty(cols, dtype=affine_dtype, device="cpu") if wants[1] else None
+    dbias = torch.empty(cols, dtype=affine_dtype, device="cpu") if wants[2] else None
     scratch = None
     if wants[1] or wants[2]:
-        scratch = torch.empty(module.norm_bwd_scratch(rows, cols), dtype=statistics.dtype)
+        scratch = torch.empty(
+            module.norm_bwd_scratch(rows, cols), dtype=statistics.dtype, device="cpu"
+        )
     module.norm_bwd(
         _shape(spec),
         address(seed),
