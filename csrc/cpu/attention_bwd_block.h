@@ -116,16 +116,16 @@ class BwdBlock {
     head_ = attention_head<T>(s_, a_.in, b, h);
     dout_ = static_cast<const T*>(a_.dout) + b * a_.dout_stride[0] + h * a_.dout_stride[1] +
             i0 * a_.dout_stride[2];
-    const T* q = head_.q + i0 * head_.q_stride;
+    copy_rows<C>(head_.q + i0 * head_.q_stride, head_.q_stride, size, s_.head_dim, nullptr, q_,
+                 plan_.head_ld);
+    copy_rows<C>(dout_, a_.dout_stride[2], size, s_.value_dim, nullptr, do_, plan_.value_ld);
     for (int64_t l = 0; l < size; l += kPanel) {
       const int live = static_cast<int>(min_of<int64_t>(kPanel, size - l));
-      pack_transposed(q + l * head_.q_stride, head_.q_stride, live, s_.head_dim,
+      pack_transposed(q_ + l * plan_.head_ld, plan_.head_ld, live, s_.head_dim,
                       static_cast<C>(s_.scale), qt_ + l, plan_.lane_ld);
-      pack_transposed(dout_ + l * a_.dout_stride[2], a_.dout_stride[2], live, s_.value_dim, C(1),
-                      dot_ + l, plan_.lane_ld);
+      pack_transposed(do_ + l * plan_.value_ld, plan_.value_ld, live, s_.value_dim, C(1), dot_ + l,
+                      plan_.lane_ld);
     }
-    copy_rows<C>(q, head_.q_stride, size, s_.head_dim, nullptr, q_, plan_.head_ld);
-    copy_rows<C>(dout_, a_.dout_stride[2], size, s_.value_dim, nullptr, do_, plan_.value_ld);
     bad_q_.remove_from(q_, size, s_.head_dim, plan_.head_ld);
     bad_do_.remove_from(do_, size, s_.value_dim, plan_.value_ld);
     const int64_t base = (b * s_.heads + h) * s_.q_len + i0;
@@ -206,7 +206,8 @@ class BwdBlock {
     Panel panel{
         Seen::kNone, rows.begin, {i0_ + l, j0_ + rows.begin, static_cast<int>(live), rows.size()}};
     if (rows.size() == 0) return panel;
-    panel.seen = visible_bits(s_, head_, panel.block, true, bits_[x]);
+    const bool open = !band_.hides_any() && !head_.mask && !head_.key_mask;
+    panel.seen = open ? Seen::kAll : visible_bits(s_, head_, panel.block, true, bits_[x]);
     if (panel.seen == Seen::kNone || !head_.bias) return panel;
     const Seen by_bias = load_bias(head_, panel.block, bias_of(x));
     if (by_bias != Seen::kAll) panel.seen = by_bias;
@@ -241,62 +242,94 @@ class BwdBlock {
     const ScoreRules<C> rules{static_cast<C>(s_.softcap), head_.slope, s_.shift,
                               head_.bias ? bias_of(x) : nullptr,
                               panel.seen == Seen::kAll ? nullptr : bits_[x]};
-    if (rules.none() && !dbias && !s_.drop_threshold) {
-      plain_gradients(keys, l, score, grad);
+    const bool ruled = !rules.none();
+    if (ruled) {
+      C* capped = rules.softcap != C(0) ? capped_ : nullptr;
+      apply_rules(rules, panel.block, score, ld, capped, [](int64_t, int, V) {});
+    }
+    if (s_.drop_threshold) keep_bits<C>(s_, head_.bh, panel.block, keep_);
+    Elements at{panel.block, l, score, grad, dbias};
+    if (ruled || s_.drop_threshold || dbias) {
+      elements<true>(at);
     } else {
-      ruled_gradients(rules, panel.block, l, score, grad, dbias);
+      elements<false>(at);
+    }
+    if (dbias && bias_is_one()) *at.dbias_at(a_, b_, h_) += at.bias_sum.sum();
+  }
+
+  // A panel of finished scores and of dP^T, and what becomes of them.
+  struct Elements {
+    const PanelBlock& block;
+    int64_t lane;
+    C *score, *grad, *dbias;
+    V bias_sum = V::zero();
+    C* dbias_at(const AttentionBwdArgs& a, int64_t b, int64_t h) const {
+      return dbias + b * a.dbias_stride[0] + h * a.dbias_stride[1] + block.i0 * a.dbias_stride[2] +
+             block.j0 * a.dbias_stride[3];
+    }
+  };
+
+  template <bool kRuled>
+  void elements(Elements& at) const {
+    int64_t r = 0;
+    for (; r + 2 <= at.block.keys; r += 2) element_rows<kRuled, 2>(at, r);
+    if (r < at.block.keys) element_rows<kRuled, 1>(at, r);
+  }
+
+  // Rows r .. r + R - 1: scores become drop(P^T), dP^T becomes scale * dS^T. The exponents are at
+  // most rounding above 0. !kRuled: nothing is hidden, dropped, capped or wanted for dbias.
+  template <bool kRuled, int R>
+  void element_rows(Elements& at, int64_t r) const {
+    constexpr int kVecs = Tile<C>::kVecs, kL = V::kLanes;
+    const V hidden = V::set1(static_cast<C>(-HUGE_VAL)), scale = V::set1(static_cast<C>(s_.scale));
+    C *score = at.score + r * plan_.lane_ld, *grad = at.grad + r * plan_.lane_ld;
+    V p[R * kVecs];
+    typename V::Mask visible[R * kVecs];
+    const auto offset = [&](int i) { return i / kVecs * plan_.lane_ld + i % kVecs * kL; };
+    for (int i = 0; i < R * kVecs; ++i) {
+      const V s = V::load(score + offset(i));
+      if (kRuled) visible[i] = ~V::eq(s, hidden);
+      p[i] = s - V::load(lse_ + at.lane + i % kVecs * kL);
+    }
+    exp_nonpositive(p);
+    for (int i = 0; i < R * kVecs; ++i) {
+      V dp = V::load(grad + offset(i)), weight = p[i];
+      const V delta = V::load(delta_ + at.lane + i % kVecs * kL);
+      if (kRuled) {
+        weight = p[i] = V::keep(visible[i], p[i]);
+        if (s_.drop_threshold) {
+          const V kept = V::set1(kept_scale<C>(s_));
+          const auto keeps = V::Mask::from_bits(keep_[r + i / kVecs] >> (i % kVecs * kL));
+          dp = V::keep(keeps, dp * kept);
+          weight = V::keep(keeps, weight * kept);
+        }
+      }
+      weight.store(score + offset(i));
+      V ds = p[i] * (dp - delta);
+      if (kRuled) {
+        ds = V::keep(visible[i], ds);
+        if (at.dbias) add_bias_gradient(at, ds, r + i / kVecs, i % kVecs);
+        if (s_.softcap > 0.0) {
+          const V t = V::load(capped_ + r * plan_.lane_ld + offset(i));
+          ds = V::keep(visible[i], ds * V::fnma(t, t, V::set1(C(1))));
+        }
+      }
+      (ds * scale).store(grad + offset(i));
     }
   }
 
-  // P^T over S^T and scale * dS^T over dP^T, where nothing is hidden, dropped or biased.
-  void plain_gradients(int64_t keys, int64_t l, C* score, C* grad) const {
-    const V scale = V::set1(static_cast<C>(s_.scale));
-    for (int64_t r = 0; r < keys; ++r) {
-      for (int64_t v = 0; v < kPanel; v += V::kLanes) {
-        C *at = score + r * plan_.lane_ld + v, *grad_at = grad + r * plan_.lane_ld + v;
-        const V p = exp(V::load(at) - V::load(lse_ + l + v));
-        p.store(at);
-        (p * scale * (V::load(grad_at) - V::load(delta_ + l + v))).store(grad_at);
-      }
-    }
-  }
-
-  void ruled_gradients(const ScoreRules<C>& rules, const PanelBlock& block, int64_t l, C* score,
-                       C* grad, C* dbias) {
-    const int64_t ld = plan_.lane_ld;
-    const V hidden = V::set1(static_cast<C>(-HUGE_VAL)), one = V::set1(C(1));
-    const V scale = V::set1(static_cast<C>(s_.scale)), kept = V::set1(kept_scale<C>(s_));
-    uint32_t keep[kBwdKeys];
-    if (s_.drop_threshold) keep_bits<C>(s_, head_.bh, block, keep);
-    const auto finish = [&](int64_t r, int v, V s) {
-      const int64_t lane = l + v * V::kLanes;
-      C *at = score + r * ld + v * V::kLanes, *grad_at = grad + r * ld + v * V::kLanes;
-      const typename V::Mask visible = ~V::eq(s, hidden);
-      const V p = V::keep(visible, exp(s - V::load(lse_ + lane)));
-      V dp = V::load(grad_at), dropped = p;
-      if (s_.drop_threshold) {
-        const typename V::Mask keeps = V::Mask::from_bits(keep[r] >> (v * V::kLanes));
-        dp = V::keep(keeps, dp * kept);
-        dropped = V::keep(keeps, p * kept);
-      }
-      dropped.store(at);
-      V ds = p * (dp - V::load(delta_ + lane));
-      if (dbias) add_bias_gradient(V::keep(visible, ds), block, r, v, dbias);
-      if (rules.softcap != C(0)) {
-        const V t = V::load(capped_ + r * ld + v * V::kLanes);
-        ds = ds * V::fnma(t, t, one);
-      }
-      V::keep(visible, ds * scale).store(grad_at);
-    };
-    apply_rules(rules, block, score, ld, rules.softcap != C(0) ? capped_ : nullptr, finish);
-  }
+  // dbias is one number for this head: its gradient is summed over the panel first.
+  bool bias_is_one() const { return a_.dbias_stride[2] == 0 && a_.dbias_stride[3] == 0; }
 
   // Idle lanes hold 0.
-  void add_bias_gradient(V ds, const PanelBlock& block, int64_t r, int v, C* dbias) const {
+  void add_bias_gradient(Elements& at, V ds, int64_t r, int v) const {
     const int64_t* stride = a_.dbias_stride;
-    const int64_t first = v * V::kLanes, n = min_of<int64_t>(V::kLanes, block.lanes - first);
-    C* out = dbias + b_ * stride[0] + h_ * stride[1] + (block.i0 + first) * stride[2] +
-             (block.j0 + r) * stride[3];
+    if (bias_is_one()) {
+      at.bias_sum = at.bias_sum + ds;
+      return;
+    }
+    const int64_t first = v * V::kLanes, n = min_of<int64_t>(V::kLanes, at.block.lanes - first);
+    C* out = at.dbias_at(a_, b_, h_) + first * stride[2] + r * stride[3];
     if (stride[2] == 0) {
       *out += ds.sum();
       return;
@@ -362,7 +395,7 @@ class BwdBlock {
   bool mixed_, finite_;  // some of the block is hidden; all of K's chunk is finite
   BadRows<C> bad_q_, bad_do_, bad_k_;
   Panel panel_[kPanels];
-  uint32_t bits_[kPanels][kBwdKeys];
+  uint32_t bits_[kPanels][kBwdKeys], keep_[kBwdKeys];
 };
 
 }  // namespace LLMKERN_ISA
