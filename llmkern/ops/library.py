@@ -51,7 +51,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def signature(*tensors: Tensor | None) -> tuple | None:
     """What a plan may depend on: the grad mode, and shape, dtype, device, layout and requires_grad
-    of each tensor. None where the call is not plain eager (see `plain_eager`), or an argument no tensor."""
+    of each tensor. None where the call is not plain eager, or an argument is no plain tensor."""
     if torch.compiler.is_compiling():
         return None
     if _len_torch_dispatch_stack() or in_functorch():
