@@ -52,7 +52,7 @@ struct Block {
 // is in the first-level cache; rows of A that are read in place meet all of B instead.
 template <bool kInPlace, class T, class C = Compute<T>>
 void multiply_chunk(const GemmPlan& p, const Operand<T>& a, int part, const Block& t, int64_t k,
-                    int64_t kc, const C* a_packed, const C* b_packed, C* sum) {
+                    int64_t kc, const C* a_packed, const C* b_packed, const TileOutput<C>& out) {
   constexpr int64_t kMR = Tile<C>::kRows, kNR = Tile<C>::kCols, kLine = 64 / sizeof(C);
   const int64_t rows = t.row_end - t.row, cols = t.col_end - t.col;
   const int64_t outer = kInPlace ? rows : cols, inner = kInPlace ? cols : rows;
@@ -65,14 +65,14 @@ void multiply_chunk(const GemmPlan& p, const Operand<T>& a, int part, const Bloc
       const int height = static_cast<int>(min_of(kMR, p.rows - row));
       const int width = static_cast<int>(min_of(kNR, p.cols - col));
       const C* const b = b_packed + (t.col + c) * p.b_panel + k * kNR;
-      C* const out = sum + r * kMR * p.sum_stride + c * kNR;
       for (int64_t line = 0; line < ahead; line += kLine)
         prefetch(b + p.b_panel + r * ahead + line);
       const auto tile = [&](auto rows_of_a) {
+        const TileOutput<C> at = out.at(r * kMR, c * kNR);
         if (height == kMR && width == kNR)
-          micro_kernel<kMR, Tile<C>::kVectors>(kc, rows_of_a, b, out, p.sum_stride, k > 0);
+          micro_kernel<kMR, Tile<C>::kVectors>(kc, rows_of_a, b, at);
         else
-          micro_kernel_edge<C>(height, width, kc, rows_of_a, b, out, p.sum_stride, k > 0);
+          micro_kernel_edge<C>(height, width, kc, rows_of_a, b, at);
       };
       if constexpr (kInPlace)
         tile(StridedRows<C>{a.at(part, row, k), a.row_stride(part)});
@@ -80,6 +80,14 @@ void multiply_chunk(const GemmPlan& p, const Operand<T>& a, int part, const Bloc
         tile(PackedRows<C>{a_packed + r * p.a_panel});
     }
   }
+}
+
+// Nothing but a bias follows the product and every tile has room for NR columns in y: the last
+// chunk's tiles are the store.
+template <class T, class C = Compute<T>>
+bool tiles_store(const GemmPlan& p, const LinearEpilogue& e) {
+  return std::is_same_v<T, C> && !p.narrow && p.parts == 1 && p.cols % Tile<C>::kCols == 0 &&
+         e.activation == Activation::kNone && !e.preact[0] && !e.residual && !e.drop_threshold;
 }
 
 // Columns of the sums become rows of the output (narrow).
@@ -99,22 +107,34 @@ void run_block(const GemmPlan& p, const GemmArgs& g, const Operand<T>& a, const 
   const int64_t row = t.row * kMR, rows = min_of(t.row_end * kMR, p.rows) - row;
   const int64_t col = (t.first + t.col) * kNR;
   const int64_t cols = min_of((t.first + t.col_end) * kNR, p.cols) - col;
+  const bool direct = tiles_store<T>(p, g.epilogue);
   for (int64_t c = 0; c < p.chunks; ++c) {
     const int64_t k = cut(p.k, p.chunks, c), kc = cut(p.k, p.chunks, c + 1) - k;
     for (int part = 0; part < p.parts; ++part) {
+      C* const sums = sum + part * p.sum_part;
+      TileOutput<C> out{k > 0 ? sums : nullptr, p.sum_stride, sums, p.sum_stride, nullptr};
+      if constexpr (std::is_same_v<T, C>) {
+        if (direct && c == p.chunks - 1) {
+          const T* const bias = static_cast<const T*>(g.epilogue.bias[0]);
+          out.out = static_cast<T*>(g.epilogue.y) + row * g.epilogue.y_stride + col;
+          out.out_stride = g.epilogue.y_stride;
+          out.bias = bias ? bias + col : nullptr;
+        }
+      }
       const C* const b = b_packed + (a.two ? 0 : part) * p.b_part;
       if constexpr (std::is_same_v<T, C>) {
         if (p.narrow) {
-          multiply_chunk<true>(p, a, part, t, k, kc, a_packed, b, sum + part * p.sum_part);
+          multiply_chunk<true>(p, a, part, t, k, kc, a_packed, b, out);
           continue;
         }
       }
       if (part == 0 || a.two)
         pack<C, kMR>(a.at(part, row, k), a.row_stride(part), a.k_stride(part), rows, kc, a_packed,
                      p.a_panel);
-      multiply_chunk<false>(p, a, part, t, k, kc, a_packed, b, sum + part * p.sum_part);
+      multiply_chunk<false>(p, a, part, t, k, kc, a_packed, b, out);
     }
   }
+  if (direct) return;
   if (!p.narrow)
     return epilogue_block<T>(g.epilogue, g.shape.gated, g.shape.n, sum, sum + p.sum_part,
                              p.sum_stride, row, rows, col, cols);

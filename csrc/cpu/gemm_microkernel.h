@@ -1,9 +1,9 @@
 // The register tile of the matrix product:
 //
-//   C[i][j] = or += sum over kc of A(i, k) * B(k, j),   i < MR, j < NR
+//   out[i][j] = (in[i][j] +) sum over kc of A(i, k) * B(k, j) (+ bias[j]),   i < MR, j < NR
 //
 // B is a packed panel, NR values a step of k. A is a packed panel (MR values a step) or rows of the
-// operand itself. C has NR columns of room in each row. There is no branch in k, and an element is
+// operand itself. There is no branch in k, and an element is
 // one chain of fused multiply-adds over k, whatever its place in the tile: results do not depend on
 // how the matrix is cut.
 //
@@ -42,8 +42,23 @@ struct StridedRows {
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
+// Where a tile's sums go: out = (in +) sums (+ bias). in, the sum over earlier k, may be out.
+template <class C>
+struct TileOutput {
+  const C* in;  // null: none
+  int64_t in_stride;
+  C* out;
+  int64_t out_stride;
+  const C* bias;  // null: none; else NR values
+
+  TileOutput at(int64_t row, int64_t col) const {
+    return {in ? in + row * in_stride + col : nullptr, in_stride, out + row * out_stride + col,
+            out_stride, bias ? bias + col : nullptr};
+  }
+};
+
 template <int kRows, int kVectors, class C, class A>
-static void micro_kernel(int64_t kc, A a, const C* b, C* c, int64_t c_stride, bool add) {
+static void micro_kernel(int64_t kc, A a, const C* b, const TileOutput<C>& c) {
   using V = Vec<C>;
   constexpr int kLanes = V::kLanes;
   V sum[kRows][kVectors];
@@ -51,7 +66,10 @@ static void micro_kernel(int64_t kc, A a, const C* b, C* c, int64_t c_stride, bo
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sum[i][j] = V::zero();
-  for (int i = 0; i < kRows; ++i) prefetch(c + i * c_stride);
+  if (c.in)
+    for (int i = 0; i < kRows; ++i) prefetch(c.in + i * c.in_stride);
+  for (int i = 0; i < kRows; ++i) prefetch(c.out + i * c.out_stride);
+#pragma GCC unroll 4
   for (int64_t k = 0; k < kc; ++k) {
     V bk[kVectors];
 #pragma GCC unroll 2
@@ -69,24 +87,27 @@ static void micro_kernel(int64_t kc, A a, const C* b, C* c, int64_t c_stride, bo
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      C* const p = c + i * c_stride + j * kLanes;
-      (add ? V::load(p) + sum[i][j] : sum[i][j]).store(p);
+      const int64_t at = j * kLanes;
+      V v = sum[i][j];
+      if (c.in) v = V::load(c.in + i * c.in_stride + at) + v;
+      if (c.bias) v = v + V::load(c.bias + at);
+      v.store(c.out + i * c.out_stride + at);
     }
   }
 }
 
 // The same for a tile cut short by the matrix's edge: rows <= MR, cols <= NR. Work is cut to whole
-// rows and vectors; C still has room for NR columns.
+// rows and vectors; in, out and bias still have room for NR columns.
 template <class C, class A, int kRows = Tile<C>::kRows>
-static void micro_kernel_edge(int rows, int cols, int64_t kc, A a, const C* b, C* c,
-                              int64_t c_stride, bool add) {
+static void micro_kernel_edge(int rows, int cols, int64_t kc, A a, const C* b,
+                              const TileOutput<C>& c) {
   if constexpr (kRows > 0) {
     if (rows < kRows)
-      micro_kernel_edge<C, A, kRows - 1>(rows, cols, kc, a, b, c, c_stride, add);
+      micro_kernel_edge<C, A, kRows - 1>(rows, cols, kc, a, b, c);
     else if (cols <= Tile<C>::kLanes)
-      micro_kernel<kRows, 1>(kc, a, b, c, c_stride, add);
+      micro_kernel<kRows, 1>(kc, a, b, c);
     else
-      micro_kernel<kRows, Tile<C>::kVectors>(kc, a, b, c, c_stride, add);
+      micro_kernel<kRows, Tile<C>::kVectors>(kc, a, b, c);
   }
 }
 
