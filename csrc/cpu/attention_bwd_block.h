@@ -206,7 +206,8 @@ class BwdBlock {
     Panel panel{
         Seen::kNone, rows.begin, {i0_ + l, j0_ + rows.begin, static_cast<int>(live), rows.size()}};
     if (rows.size() == 0) return panel;
-    const bool open = !band_.hides_any() && !head_.mask && !head_.key_mask;
+    // A bias of -inf hides too, and then the rules want the bits of all that is left.
+    const bool open = !band_.hides_any() && !head_.mask && !head_.key_mask && !head_.bias;
     panel.seen = open ? Seen::kAll : visible_bits(s_, head_, panel.block, true, bits_[x]);
     if (panel.seen == Seen::kNone || !head_.bias) return panel;
     const Seen by_bias = load_bias(head_, panel.block, bias_of(x));
