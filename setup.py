@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
-KERNEL_SOURCES = ["attention_bwd", "attention_fwd", "elementwise", "gemm", "linear", "norm", "probe"]
+KERNEL_SOURCES = "attention_bwd attention_fwd elementwise gemm linear norm probe".split()
 X86_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq",
