@@ -23,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 KERNEL_SOURCES = "attention_bwd attention_fwd elementwise gemm linear norm probe".split()
+BF16_SOURCES = ["probe"]  # those with kernels in LLMKERN_CPU_BF16_KERNELS (kernel_list.h)
 X86_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq",
@@ -70,7 +71,7 @@ def cpu_objects() -> list[tuple[str, Path, list[str]]]:
     objects.append(("kernel_table", ROOT / CPU / "kernel_table.cpp", []))
     isas = {"scalar": "", **(X86_FLAGS if is_x86() else {})}
     for isa, flags in isas.items():
-        for name in KERNEL_SOURCES:
+        for name in BF16_SOURCES if isa == "avx512_bf16" else KERNEL_SOURCES:
             extra = [f"-DLLMKERN_ISA={isa}", *shlex.split(flags)]
             objects.append((f"{name}.{isa}", ROOT / CPU / f"{name}.cpp", extra))
     return objects

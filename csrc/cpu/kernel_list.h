@@ -21,3 +21,6 @@
   X(norm_bwd, NormBwdArgs)               \
   X(probe_fma, ProbeFmaArgs)             \
   X(probe_move, ProbeMoveArgs)
+
+// Those that use bf16 instructions; avx512_bf16 takes all the others from avx512.
+#define LLMKERN_CPU_BF16_KERNELS(X) X(probe_fma, ProbeFmaArgs)

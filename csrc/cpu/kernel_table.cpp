@@ -29,11 +29,16 @@ static const KernelTable kAvx512 = {"avx512", LLMKERN_CPU_KERNELS(LLMKERN_ENTRY)
 #undef LLMKERN_SPACE
 
 namespace avx512_bf16 {
-LLMKERN_CPU_KERNELS(LLMKERN_DECLARE)
+LLMKERN_CPU_BF16_KERNELS(LLMKERN_DECLARE)
 }
-#define LLMKERN_SPACE avx512_bf16
-static const KernelTable kAvx512Bf16 = {"avx512_bf16", LLMKERN_CPU_KERNELS(LLMKERN_ENTRY)};
-#undef LLMKERN_SPACE
+static KernelTable with_bf16(KernelTable table) {
+#define LLMKERN_REPLACE(name, Args) table.name = &avx512_bf16::name;
+  LLMKERN_CPU_BF16_KERNELS(LLMKERN_REPLACE)
+#undef LLMKERN_REPLACE
+  table.isa = "avx512_bf16";
+  return table;
+}
+static const KernelTable kAvx512Bf16 = with_bf16(kAvx512);
 #endif
 
 int usable_tables(const KernelTable** tables, int capacity) {

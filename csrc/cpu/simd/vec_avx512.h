@@ -1,5 +1,5 @@
-// AVX-512 F/BW/VL/DQ vectors: 16 floats, 8 doubles, 16 uint32; tails by mask register. With
-// __AVX512BF16__ the store of bf16 is one instruction. The contract is in vec.h.
+// AVX-512 F/BW/VL/DQ vectors: 16 floats, 8 doubles, 16 uint32; tails by mask register. The contract
+// is in vec.h.
 #pragma once
 
 #include <immintrin.h>
