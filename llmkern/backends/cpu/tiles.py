@@ -8,10 +8,10 @@ import torch
 
 OWN, ONEDNN, TORCH = "own", "onednn", "torch"
 
-# (instruction set, dtype) -> who computes the product. 2026-11-21.
-#   avx2         Zen 3: OWN for all. Torch has no 16-bit matrix product without AVX-512.
+# (instruction set, dtype) -> who computes the product. 2026-11-22; avx512 lines 2026-11-21.
+#   avx2         Zen 3: OWN for all. Torch's bf16 product runs at 10 GFLOP/s a core without AVX-512.
 #   avx512       Zen 5: ONEDNN for fp32, at 2.1 - 2.4 times MKL's speed. Without bf16 instructions
-#                16-bit types run at fp32 speed in OWN.
+#                OWN multiplies 16-bit types as fp32; that choice and fp64's are not measured.
 #   avx512_bf16  as avx512; vdpbf16ps doubles the fp32 rate, and torch's bf16 product (oneDNN) uses
 #                it.
 #   scalar       no vector instructions that OWN knows: torch's library knows its machine better.
