@@ -9,8 +9,8 @@
 namespace llmkern {
 namespace LLMKERN_ISA {
 
-// A register tile costs the same for 1 query as for Tile<C>::kLanes (16 with AVX2); these kernels
-// cost a sixth of it per query.
+// A register tile costs the same for 1 query as for Tile<C>::kLanes of them; the cost here grows
+// with the queries.
 constexpr int kFewQueries = 4;
 
 template <class V, class E>
