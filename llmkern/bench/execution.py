@@ -20,10 +20,13 @@ from llmkern.bench.suites import kernels, modules, train
 
 SUITES = ("kernels", "modules", "memory", "train")
 # The default run ends well within ten minutes on two cores, a first build included.
-TIME_LIMIT_S = 360.0
-COMPILE_SHARE = 0.7  # of the time limit, after which torch.compile is no longer started
-TRAIN_SHARE = 0.25  # of the time limit, for all training runs together
-PACKAGES = {"kernels": kernels, "modules": modules}
+TIME_LIMIT_S = 340.0
+COMPILE_SHARE = 0.6  # of the time limit, after which torch.compile is no longer started
+TRAIN_SHARE = 0.2  # of the time limit, for all training runs together
+# Of the time limit, after which no further case of a suite is started. What follows the cases, the
+# memory sweep and the training runs, cannot be cut case by case and has its share kept free.
+CASES_SHARE = {"kernels": 0.4, "modules": 0.65}
+PACKAGES = {"kernels": kernels, "modules": modules}  # in the order in which they run
 TUNED = "tuned allocator"
 
 
@@ -65,17 +68,17 @@ def execute(options: argparse.Namespace, console: Any) -> store.Run:
     peaks = Peaks(loaded.module)
     peaks.survey(sorted({1, *threads}))
     torch.set_num_threads(max(threads))
-    # First what cannot be cut case by case, so that the limit falls on single cases.
+    chosen = [suite for suite in PACKAGES if suite in suites]
+    for suite in chosen:
+        share = CASES_SHARE[suite] if set(suites) == set(SUITES) else 1.0
+        until = dataclasses.replace(run_options, deadline=began + share * limit)
+        for count in threads:
+            torch.set_num_threads(count)
+            run.rows += _run_cases(suite, cases_of(suite, options), until, console)
     if "memory" in suites and _in_filter(options, "memory attention"):
-        run.memory = _run_memory(console)
+        run.memory = _run_memory(console, (False, True) if options.full else (True,))
     if "train" in suites and _in_filter(options, "train"):
         run.training = _run_training(options, TRAIN_SHARE * limit, console)
-    for count in threads:
-        torch.set_num_threads(count)
-        for suite in ("modules", "kernels"):
-            if suite in suites:
-                cases = cases_of(suite, options)
-                run.rows += _run_cases(suite, cases, run_options, console)
     if not options.tune_allocator:
         cases = [
             tuned(c)
@@ -141,13 +144,13 @@ def _run_cases(
     return rows
 
 
-def _run_memory(console: Any) -> list[dict[str, Any]]:
-    total = len(memory_sweep.VARIANTS) * len(memory_sweep.LENGTHS) * 2
+def _run_memory(console: Any, directions: tuple[bool, ...]) -> list[dict[str, Any]]:
+    total = len(memory_sweep.VARIANTS) * len(memory_sweep.LENGTHS) * len(directions)
     entries = []
     _announce(console, f"peak memory of attention: {total} runs in processes of their own")
     with _progress(console, total, "runs") as bar:
         task = bar.add_task("", total=total, suite="memory")
-        for entry in memory_sweep.measure():
+        for entry in memory_sweep.measure(directions=directions):
             entries.append(entry)
             bar.update(task, advance=1, description=f"{entry['variant']} S={entry['S']}")
     return entries

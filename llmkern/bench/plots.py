@@ -189,11 +189,15 @@ def against_length(rows: Sequence[Row], memory: Sequence[dict[str, Any]]) -> Fig
         figure, (left, right) = _figure(11, 4.4, columns=2)
         for name, color, marker in ((OURS, BLUE, "o"), (EAGER, ORANGE, "s")):
             timed = [(row.shape["S"], (row.median_us(name) or 0) / 1e3) for row in sweep]
-            left.plot(*zip(*timed, strict=True), marker=marker, color=color, label=name)
-        left.set_title("time, causal, forward + backward" if sweep else "")
+            if timed:
+                left.plot(*zip(*timed, strict=True), marker=marker, color=color, label=name)
+        left.set_title("time, causal, forward + backward")
         left.set_ylabel("ms")
         _memory_lines(right, memory)
         for axes in (left, right):
+            if not axes.lines:  # a logarithmic axis needs something to show
+                axes.set_visible(False)
+                continue
             axes.set(xscale="log", yscale="log")
             axes.set_xscale("log", base=2)
             axes.set_xlabel("sequence length S")
@@ -209,7 +213,7 @@ def _memory_lines(axes: Axes, memory: Sequence[dict[str, Any]]) -> None:
     for name, (color, marker) in zip(
         dict.fromkeys(e["variant"] for e in both), looks, strict=False
     ):
-        line = [(e["S"], e["peak_bytes"] / 2**20) for e in both if e["variant"] == name]
+        line = [(e["S"], max(e["peak_bytes"], 2**16) / 2**20) for e in both if e["variant"] == name]
         axes.plot(*zip(*line, strict=True), marker=marker, color=color, label=name)
     axes.set_title("peak memory over inputs, causal, forward + backward")
     axes.set_ylabel("MiB")

@@ -150,7 +150,7 @@ def encoder(
     training: bool = True,
     causal: bool = True,
     compile: bool = False,
-    budget_s: float = 12.0,
+    budget_s: float = 8.0,
 ) -> Case:
     """nn.TransformerEncoder, pre-norm, gelu, batch first. bfloat16 is autocast over fp32 weights;
     the best torch baseline includes attention dropout 0, which lets torch use flash attention."""

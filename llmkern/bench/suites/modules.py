@@ -26,11 +26,11 @@ def default(dtypes: list[torch.dtype]) -> list[Case]:
 
 
 def default_bf16() -> list[Case]:
-    """The reference layer at a size that torch's bfloat16 on a CPU without bf16 units finishes."""
+    """The reference layer at a size that torch's bfloat16 finishes on a CPU without bf16 units."""
     dtype = torch.bfloat16
     return [
-        encoder(dtype, b=1, s=128, dropout=0.1, budget_s=6.0),
-        encoder(dtype, b=1, s=128, dropout=0.0, budget_s=6.0),
+        encoder(dtype, b=2, s=128, d=256, h=4, ff=1024, dropout=0.1, budget_s=3.0),
+        encoder(dtype, b=2, s=128, d=256, h=4, ff=1024, dropout=0.0, budget_s=3.0),
     ]
 
 
