@@ -17,8 +17,9 @@ KERNEL_TESTS = [
     "test_dropout.py",
     "test_activation.py",
     "test_linear.py",
+    "test_linear_cpu.py",
     "test_attention.py",
-    "test_attention_cpu_kernel.py",
+    "test_attention_masks.py",
     "test_attention_cpu_backward.py",
 ]
 
