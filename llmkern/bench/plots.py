@@ -213,8 +213,10 @@ def _memory_lines(axes: Axes, memory: Sequence[dict[str, Any]]) -> None:
     for name, (color, marker) in zip(
         dict.fromkeys(e["variant"] for e in both), looks, strict=False
     ):
-        line = [(e["S"], max(e["peak_bytes"], 2**16) / 2**20) for e in both if e["variant"] == name]
-        axes.plot(*zip(*line, strict=True), marker=marker, color=color, label=name)
+        mine = [e for e in both if e["variant"] == name]
+        line = [(e["S"], e["peak_bytes"] / 2**20) for e in mine if e["peak_bytes"] > 0]
+        if line:
+            axes.plot(*zip(*line, strict=True), marker=marker, color=color, label=name)
     axes.set_title("peak memory over inputs, causal, forward + backward")
     axes.set_ylabel("MiB")
 
