@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from llmkern import target
 from llmkern.errors import BackendError, FallbackWarning
 from llmkern.numerics import FLOOR
 
@@ -126,7 +127,7 @@ def decide(op: str, spec: tuple, backend: str | None = None) -> Decision:
 
 def resolve(op: str, spec: tuple, backend: str | None = None) -> ModuleType:
     """The backend module that serves the call; counts and reports a fallback."""
-    key = (op, spec, backend, _preferred.get())
+    key = (op, spec, backend, _preferred.get(), target.emulated())
     records = _records.get()
     if records is None:
         module = _choices.get(key)

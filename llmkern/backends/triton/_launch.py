@@ -1,0 +1,62 @@
+"""Where Triton kernels can run, and for which architecture.
+
+CUDA tensors run on their card. CPU tensors run only where something executes the kernels without
+one: Triton's interpreter (TRITON_INTERPRET=1 when the kernels are first imported) or
+llmkern.emulator.device.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+
+import torch
+
+from llmkern import target
+
+OLDEST = 80  # compute capability * 10: bf16 mma and cp.async
+INTERPRETED = 80  # tiles under the interpreter are those of sm_80
+
+
+@functools.cache
+def version() -> str | None:
+    """Triton's version, or None where it is not installed."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """True where Triton's interpreter runs the kernels; fixed at the first launch."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(device: str) -> str | None:
+    """Why the backend cannot serve tensors on `device` at all; None if it can."""
+    if version() is None:
+        return "triton is not installed"
+    if device == "cuda" or (device == "cpu" and (target.emulated() or interpreted())):
+        return None
+    return f"it serves cuda tensors, and {device} ones only under llmkern.emulator.device"
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability (major * 10 + minor) that a launch on `device` compiles for."""
+    if device.type == "cuda":
+        return _of_card(device.index)
+    return target.emulated() or INTERPRETED
+
+
+@functools.cache
+def _of_card(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+def guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` the current one for a launch: Triton launches on the current device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
