@@ -13,7 +13,7 @@ tensors, a table of plans by signature and options, checks and spec only where t
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
@@ -52,21 +52,21 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def signature(*tensors: Tensor | None) -> tuple | None:
     """What a plan may depend on: the grad mode, and shape, dtype, device, layout and requires_grad
     of each tensor. None where the call is not plain eager, or an argument is no plain tensor."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack():
         return None
-    if _len_torch_dispatch_stack() or in_functorch():
-        return None
-    key = [torch.is_grad_enabled()]
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-        elif type(tensor) is Tensor or type(tensor) is Parameter:
-            if tensor.is_nested:
-                return None
-            key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad)
-        else:
+    key: tuple = (is_grad_enabled(),)
+    for t in tensors:
+        if t is None:
+            key += (None,)
+            continue
+        kind = type(t)
+        if kind is not Tensor and kind is not Parameter:
             return None
-    return tuple(key)
+        try:  # tuples that grow: a list that becomes one at the end takes longer
+            key += (t.shape, t.dtype, t.device, t.layout, t.requires_grad)
+        except RuntimeError:  # a nested tensor has no shape
+            return None
+    return key
 
 
 class Plans(dict):
