@@ -210,6 +210,9 @@ struct DeviceProperties {
   int multiprocessors;
 };
 constexpr size_t kDevicePropertiesBytes = 1008;
+static_assert(offsetof(DeviceProperties, major) == 360 &&
+                  offsetof(DeviceProperties, multiprocessors) == 384,
+              "as CUDA 13's driver_types.h lays it out");
 
 int cudaGetDeviceProperties(DeviceProperties* out, int device) {
   if (!hooks()) return fail(kInsufficientDriver, "no emulated device is active");

@@ -204,6 +204,7 @@ struct FuncAttributes {
   int max_threads, registers, ptx_version, binary_version, cache_mode, max_dynamic_shared;
   int rest[23];
 };
+static_assert(sizeof(FuncAttributes) == 144, "as CUDA 13's driver_types.h lays it out");
 
 int cudaFuncGetAttributes(FuncAttributes* out, const void* stub) {
   if (!hooks()) return fail(kInsufficientDriver, "no emulated device is active");
