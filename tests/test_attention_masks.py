@@ -1,6 +1,7 @@
 """Attention masks: what a query sees, what it never sees, and gradients of biases."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -131,6 +132,14 @@ def test_attention_window(backend, left, right):
     )
     out = scaled_dot_product_attention(q, k, v, window=(left, right), causal_align="bottom_right")
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, seen))
+
+
+@pytest.mark.parametrize("wide", [2**31, 2**62, sys.maxsize, 2**64])
+def test_attention_window_of_any_size_is_no_limit(backend, wide):
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    for align in ("top_left", "bottom_right"):
+        out = scaled_dot_product_attention(q, k, v, window=(wide, wide), causal_align=align)
+        assert torch.equal(out, scaled_dot_product_attention(q, k, v))
 
 
 def test_attention_alibi_equals_its_bias(backend):

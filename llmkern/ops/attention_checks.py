@@ -189,7 +189,8 @@ def _window(op: str, window: object) -> list[int]:
     if isinstance(window, (tuple, list)) and len(window) == 2:
         for limit in window:
             if limit is None or (isinstance(limit, int) and limit >= -1):
-                limits.append(UNBOUNDED if limit is None or limit == -1 else limit)
+                # The bound keeps place + limit inside the kernels' 64 bits.
+                limits.append(UNBOUNDED if limit in (None, -1) else min(limit, UNBOUNDED))
     if len(limits) != 2:
         raise ArgumentError(
             f"{op}: window must be (left, right): >= 0, or None or -1 (no limit), got {window!r}"
