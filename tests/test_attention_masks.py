@@ -78,6 +78,13 @@ def test_attention_mask_layouts(backend, layout, kind):
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), want)
 
 
+def test_attention_bias_that_is_a_view_to_be_negated(backend):
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
+    bias = torch.randn(5, 7, dtype=torch.complex64).conj().imag
+    out = scaled_dot_product_attention(q, k, v, bias)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, bias.resolve_neg()))
+
+
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (1, 3)], ids=str)
 def test_attention_masks_follow_leading_dims(backend, lead):
     q = torch.randn(*lead, 2, 5, 8)

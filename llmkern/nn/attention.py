@@ -33,7 +33,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     The output does not depend on `need_weights`, except in training with dropout, where the weights
     returned are the dropped ones, as in torch. A query that sees no key gets 0 where torch gives
-    NaN. `is_causal` is a hint about attn_mask, as in torch, relied on with need_weights=False.
+    NaN. `is_causal` is a hint about attn_mask, as in torch, relied on with need_weights=False where
+    the mask wants no gradient.
     """
 
     @functools.wraps(torch.nn.MultiheadAttention.__init__)
@@ -81,7 +82,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             q, k, v = _separate(projected)
             projected = q, *self._extend(k, v)
         extra = projected[-1].shape[1] - key.shape[0 if seq_first else 1]
-        is_causal = is_causal and not need_weights and (key_padding_mask is None or not extra)
+        hinted = not need_weights and (key_padding_mask is None or not extra)
+        is_causal = is_causal and hinted and not attn_mask.requires_grad
         masks = _masks(attn_mask, key_padding_mask, is_causal, self.num_heads, extra)
         p = self.dropout if self.training else 0.0
         if need_weights:

@@ -56,6 +56,7 @@ def _pick(a: Tensor) -> str:
 def _own_gemm(a: Tensor, b: Tensor, up: Tensor | None, epilogue: _Epilogue, y: Tensor) -> None:
     """y = epilogue(a [M, K] @ b [N, K]^T), any strides in a, b and up."""
     module = _ext.load().module
+    a, b = a.resolve_neg(), b.resolve_neg()  # z.conj().imag is a strided view to be negated
     m, k = a.shape
     n = b.shape[0]
     up_stride = (0, 0) if up is None else up.stride()
