@@ -159,7 +159,8 @@ def test_empty_sizes(backend, shape):
 
 def test_views_to_be_negated(backend):
     """z.conj().imag is one: the numbers in its memory have the other sign."""
-    x, weight = (torch.randn(m, 24, dtype=torch.complex64).conj().imag for m in (3, 7))  # few rows: our own product
+    # Few rows: our own product.
+    x, weight = (torch.randn(m, 24, dtype=torch.complex64).conj().imag for m in (3, 7))
     assert x.is_neg() and weight.is_neg()
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
     leaf, pairs = torch.randn(3, 24, requires_grad=True), torch.randn(3, 7, 2)

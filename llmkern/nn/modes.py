@@ -1,8 +1,8 @@
 """What a module's forward costs before the kernel: reads of parameters, and TorchFunctionModes
 (override, torch.set_default_device, ...).
 
-Under a mode every read of a tensor's shape, dtype or device is a call of the mode, about 2 us each, and a
-kernel call reads dozens.
+Under a mode every read of a tensor's shape, dtype or device is a call of the mode, about 2 us each,
+and a kernel call reads dozens.
 """
 
 from collections.abc import Callable
