@@ -130,7 +130,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         for (x, weight), b, width in zip(parts, biases, widths, strict=True):
             y = functional.linear(x, weight, b)
             sizes = (self.num_heads, self.head_dim)
-            y = y.unflatten(-1, sizes if width == size else (width // size, *sizes))
+            y = torch.unflatten(y, -1, sizes if width == size else (width // size, *sizes))
             projected.append(y.transpose(0, 1) if seq_first else y)
         return tuple(projected)
 
@@ -218,7 +218,8 @@ def _masks(
         attn_mask = None
     elif attn_mask is not None:
         attn_mask = F.pad(attn_mask, (0, extra)) if extra else attn_mask
-        attn_mask = attn_mask.unflatten(0, (-1, heads)) if attn_mask.dim() == 3 else attn_mask
+        if attn_mask.dim() == 3:
+            attn_mask = torch.unflatten(attn_mask, 0, (-1, heads))
     if key_padding_mask is not None:
         padding = F.pad(key_padding_mask, (0, extra)) if extra else key_padding_mask
         if padding.dtype == torch.bool:

@@ -308,4 +308,4 @@ def own_dims(out: Tensor, lse: Tensor, size: Sizes) -> tuple[Tensor, Tensor]:
         return out[0, 0], lse[0, 0]
     if size.dims == 3:
         return out[0], lse[0]
-    return out.unflatten(0, size.lead), lse.unflatten(0, size.lead)
+    return torch.unflatten(out, 0, size.lead), torch.unflatten(lse, 0, size.lead)
