@@ -9,6 +9,8 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +18,22 @@ from llmkern import target
 
 OLDEST = 80  # compute capability * 10: bf16 mma and cp.async
 INTERPRETED = 80  # tiles under the interpreter are those of sm_80
+
+
+class Compilation(NamedTuple):
+    """One way a kernel is compiled, for looking at its code without a card.
+
+    Each <op>.py has `compilations(capability) -> Iterator[Compilation]`: every kernel of the op, in
+    the forms that an ordinary model uses.
+    """
+
+    name: str  # the kernel and what sets this form apart: "norm_fwd 4096 bf16"
+    kernel: Callable  # () -> the JITFunction, so that naming it imports no kernel
+    signature: dict[str, str]  # each argument's Triton type, "constexpr" for those in constexprs
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
 
 
 @functools.cache
