@@ -1,4 +1,4 @@
-"""Tensors as the kernels read them: rows with column stride 1, without a copy where a view will do."""
+"""Tensors as the kernels read them: rows with column stride 1, a copy only where no view will do."""
 
 from torch import Tensor
 

@@ -6,7 +6,8 @@
 norm_bwd keeps the row on chip as norm_fwd does, and the sums over the rows of a program in
 registers. Each program writes one partial sum [cols] and column_sum adds them up: two fixed orders,
 no atomics. norm_bwd_wide and norm_bwd_affine take rows that are too long for that. dx None: only
-the weight's and bias's gradients are wanted. Rows that do not exist have dy = 0.
+the weight's and bias's gradients are wanted. Rows that do not exist have dy = 0. Signs
+are turned once a row (-mean * rstd ...), so that each element takes fused multiply-adds only.
 Layout, flags and what is specialised: norm_kernels.py.
 """
 
@@ -29,6 +30,18 @@ def _load_rows(dy, row, exists, stride, col, cols, EVEN: tl.constexpr):
     offset = (row * stride)[:, None] + col[None, :]
     mask = exists[:, None] if EVEN else exists[:, None] & (col < cols)[None, :]
     return tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sum_rows(value, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """[ROWS, CHUNK] -> [CHUNK] by halves. tl.split wants a column's rows in one thread, so shared
+    memory is crossed once; tl.sum would cross it twice and take 24 shuffles a lane for 8 rows."""
+    value = tl.trans(value)
+    for halving in tl.static_range(10):
+        if (ROWS >> halving) > 1:
+            even, odd = tl.split(tl.reshape(value, [CHUNK, ROWS >> (halving + 1), 2]))
+            value = even + odd
+    return tl.reshape(value, [CHUNK])
 
 
 @triton.jit
@@ -76,14 +89,14 @@ def norm_bwd(
         exists = row < rows
         row = tl.minimum(row, rows - 1).to(tl.int64)
         rstd = tl.load(statistics + row + (0 if RMS else rows))[:, None]
-        shift = 0.0 if RMS else tl.load(statistics + row)[:, None] * rstd
+        shift = 0.0 if RMS else -tl.load(statistics + row)[:, None] * rstd
         gs, xhats, dws, dbs = (), (), (), ()
         along = tl.zeros([ROWS, CHUNK], tl.float32)
         total = tl.zeros([ROWS, CHUNK], tl.float32)
         for c in tl.static_range(CHUNKS):
             col = c * CHUNK + tl.arange(0, CHUNK)
             d = _load_rows(dy, row, exists, dy_stride, col, cols, EVEN)
-            xhat = load_tile(z, row, z_stride, col, cols, EVEN) * rstd - shift
+            xhat = load_tile(z, row, z_stride, col, cols, EVEN) * rstd + shift
             if dweight is not None:
                 dws = dws + (dw[c] + d * xhat,)
             if dbias is not None:
@@ -97,19 +110,19 @@ def norm_bwd(
                 gs, xhats = gs + (g,), xhats + (xhat,)
         dw, db = dws, dbs
         if dx is not None:
-            along_rstd = (tl.sum(along, axis=1) * inverse)[:, None] * rstd
-            total_rstd = 0.0 if RMS else (tl.sum(total, axis=1) * inverse)[:, None] * rstd
+            along_rstd = (tl.sum(along, axis=1) * -inverse)[:, None] * rstd
+            total_rstd = 0.0 if RMS else (tl.sum(total, axis=1) * -inverse)[:, None] * rstd
             for c in tl.static_range(CHUNKS):
-                gradient = gs[c] * rstd - (xhats[c] * along_rstd + total_rstd)
+                gradient = gs[c] * rstd + (xhats[c] * along_rstd + total_rstd)
                 _finish(gradient, dz, dx, dresidual, row, exists, dz_stride, c * CHUNK, cols,
                         k0, k1, threshold, scale, DROPOUT, CHUNK, EVEN)  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * cols
     for c in tl.static_range(CHUNKS):
         col = c * CHUNK + tl.arange(0, CHUNK)
         if dweight is not None:
-            tl.store(dweight + start + col, tl.sum(dw[c], axis=0), mask=col < cols)
+            tl.store(dweight + start + col, _sum_rows(dw[c], ROWS, CHUNK), mask=col < cols)
         if dbias is not None:
-            tl.store(dbias + start + col, tl.sum(db[c], axis=0), mask=col < cols)
+            tl.store(dbias + start + col, _sum_rows(db[c], ROWS, CHUNK), mask=col < cols)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -127,7 +140,7 @@ def norm_bwd_wide(
     exists = row < rows
     k0, k1 = load_keys(seed) if DROPOUT else (0, 0)
     rstd = tl.load(statistics + row + (0 if RMS else rows))[:, None]
-    shift = 0.0 if RMS else tl.load(statistics + row)[:, None] * rstd
+    shift = 0.0 if RMS else -tl.load(statistics + row)[:, None] * rstd
     along = tl.zeros([1, CHUNK], tl.float32)
     total = tl.zeros([1, CHUNK], tl.float32)
     for start in range(0, cols, CHUNK):
@@ -136,18 +149,18 @@ def norm_bwd_wide(
         if weight is not None:
             w = tl.load(weight + col, mask=col < cols, other=0.0).to(tl.float32)
             g *= (w + 1.0 if UNIT_OFFSET else w)[None, :]
-        along += g * (load_tile(z, row, z_stride, col, cols, False) * rstd - shift)
+        along += g * (load_tile(z, row, z_stride, col, cols, False) * rstd + shift)
         total += g
-    along_rstd = tl.sum(along, axis=1)[:, None] / cols * rstd
-    total_rstd = 0.0 if RMS else tl.sum(total, axis=1)[:, None] / cols * rstd
+    along_rstd = -tl.sum(along, axis=1)[:, None] / cols * rstd
+    total_rstd = 0.0 if RMS else -tl.sum(total, axis=1)[:, None] / cols * rstd
     for start in range(0, cols, CHUNK):
         col = start + tl.arange(0, CHUNK)
         g = load_tile(dy, row, dy_stride, col, cols, False)
         if weight is not None:
             w = tl.load(weight + col, mask=col < cols, other=0.0).to(tl.float32)
             g *= (w + 1.0 if UNIT_OFFSET else w)[None, :]
-        xhat = load_tile(z, row, z_stride, col, cols, False) * rstd - shift
-        gradient = g * rstd - (xhat * along_rstd + total_rstd)
+        xhat = load_tile(z, row, z_stride, col, cols, False) * rstd + shift
+        gradient = g * rstd + (xhat * along_rstd + total_rstd)
         _finish(gradient, dz, dx, dresidual, row, exists, dz_stride, start, cols,
                 k0, k1, threshold, scale, DROPOUT, CHUNK, False)  # fmt: skip
 
@@ -160,7 +173,7 @@ def norm_bwd_affine(
     rows, cols,
     RMS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums as norm_bwd writes them, CHUNK columns a program: grid (parts, column blocks)."""
+    """Partial sums as norm_bwd writes them; grid (parts, column blocks)."""
     col = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     dw = tl.zeros([ROWS, CHUNK], tl.float32)
     db = tl.zeros([ROWS, CHUNK], tl.float32)
@@ -171,8 +184,8 @@ def norm_bwd_affine(
         d = _load_rows(dy, row, exists, dy_stride, col, cols, False)
         if dweight is not None:
             rstd = tl.load(statistics + row + (0 if RMS else rows))[:, None]
-            shift = 0.0 if RMS else tl.load(statistics + row)[:, None] * rstd
-            dw += d * (load_tile(z, row, z_stride, col, cols, False) * rstd - shift)
+            shift = 0.0 if RMS else -tl.load(statistics + row)[:, None] * rstd
+            dw += d * (load_tile(z, row, z_stride, col, cols, False) * rstd + shift)
         db += d
     start = tl.program_id(0).to(tl.int64) * cols
     if dweight is not None:
