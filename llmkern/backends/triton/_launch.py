@@ -60,6 +60,11 @@ def unavailable(device: str) -> str | None:
     return f"it serves cuda tensors, and {device} ones only under llmkern.emulator.device"
 
 
+def unsupported(dtype: torch.dtype) -> str | None:
+    """Why no kernel takes the dtype; None if it does."""
+    return "its kernels compute in float32, not in float64" if dtype == torch.float64 else None
+
+
 def capability(device: torch.device) -> int:
     """Compute capability (major * 10 + minor) that a launch on `device` compiles for."""
     if device.type == "cuda":

@@ -13,10 +13,7 @@ from llmkern.specs import NormSpec
 
 
 def supports(spec: NormSpec) -> str | None:
-    reason = _launch.unavailable(spec.device)
-    if reason is None and spec.dtype == torch.float64:
-        reason = "its kernels compute in float32, not in float64"
-    return reason
+    return _launch.unavailable(spec.device) or _launch.unsupported(spec.dtype)
 
 
 @functools.cache
