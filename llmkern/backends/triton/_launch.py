@@ -36,6 +36,25 @@ class Compilation(NamedTuple):
     divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
 
 
+def compilation(
+    name: str,
+    kernel: Callable,
+    types: dict[str, str | None],
+    flags: dict[str, object],
+    num_warps: int,
+    divisible: tuple[str, ...] = (),
+) -> Compilation:
+    """`types` names the kernel's arguments in their order, None for one that is not passed;
+    `flags` the constexprs, which come last. Pointers are taken to be multiples of 16."""
+    signature = {name: kind or "constexpr" for name, kind in types.items()}
+    signature |= dict.fromkeys(flags, "constexpr")
+    absent = {name: None for name, kind in types.items() if kind is None}
+    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    return Compilation(
+        name, kernel, signature, absent | flags, num_warps, 1, pointers + tuple(divisible)
+    )
+
+
 @functools.cache
 def version() -> str | None:
     """Triton's version, or None where it is not installed."""

@@ -5,12 +5,14 @@ the output has the strides of the input.
 """
 
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from llmkern.backends.triton import _launch, tiles_elementwise
+from llmkern.backends.triton._launch import Compilation, compilation
 from llmkern.backends.triton._views import plane_of
 from llmkern.specs import ActivationSpec
 
@@ -83,3 +85,22 @@ def backward(spec: ActivationSpec, dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch_planes(spec, *planes, (dx, *planes[0][1:3], planes[0][2]))
     return dx
+
+
+def compilations(capability: int) -> Iterator[Compilation]:
+    """Each function, forward and backward, on dense bf16; one on the rows of a slice."""
+    warps = tiles_elementwise.NUM_WARPS
+    for activation in ("relu", "gelu", "gelu_tanh", "silu"):
+        for direction, gradient in (("forward", None), ("backward", "*bf16")):
+            yield compilation(f"activation_flat bf16 {activation} {direction}",
+                              lambda: _kernels().activation_flat,
+                              {"x": "*bf16", "dy": gradient, "y": "*bf16", "elements": "i32"},
+                              {"ACTIVATION": activation, "BLOCK": tiles_elementwise.BLOCK},
+                              warps)  # fmt: skip
+    tile = tiles_elementwise.pick_rows(1024)
+    strides = {"x_stride": "i32", "dy_stride": "i32", "y_stride": "i32"}
+    yield compilation("activation_rows fp32 gelu backward", lambda: _kernels().activation_rows,
+                      {"x": "*fp32", "dy": "*fp32", "y": "*fp32", **strides, "rows": "i32",
+                       "cols": "i32"},
+                      {"ACTIVATION": "gelu", "ROWS": tile.rows, "CHUNK": tile.chunk},
+                      warps, (*strides, "cols"))  # fmt: skip

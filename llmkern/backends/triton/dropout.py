@@ -1,6 +1,7 @@
 """Dropout: dropout_kernels.py."""
 
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from llmkern import random
 from llmkern.backends.triton import _launch, tiles_elementwise
+from llmkern.backends.triton._launch import Compilation, compilation
 from llmkern.backends.triton._views import plane_of
 from llmkern.specs import DropoutSpec
 
@@ -59,3 +61,23 @@ def _launch_kernel(tensors, rows, cols, strides, threshold, scale) -> None:
 
 def backward(spec: DropoutSpec, dy: Tensor, seed: Tensor) -> Tensor:
     return forward(spec, dy, seed, False)
+
+
+def compilations(capability: int) -> Iterator[Compilation]:
+    """Dense tensors, and the rows of a slice."""
+    numbers = {"threshold": "i32", "scale": "fp32"}
+    for dtype in ("bf16", "fp32"):
+        tensors = {"x": "*" + dtype, "seed": "*i64", "y": "*" + dtype}
+        yield compilation(f"dropout_flat {dtype}", lambda: _kernels().dropout_flat,
+                          {**tensors, "elements": "i32", **numbers},
+                          {"BLOCK": tiles_elementwise.BLOCK},
+                          tiles_elementwise.NUM_WARPS)  # fmt: skip
+    tile = tiles_elementwise.pick_rows(1024)
+    sizes = {"x_stride": "i32", "y_stride": "i32", "rows": "i32", "cols": "i32"}
+    for aligned in (True, False):
+        yield compilation(f"dropout_rows bf16 {'' if aligned else 'un'}aligned",
+                          lambda: _kernels().dropout_rows,
+                          {"x": "*bf16", "seed": "*i64", "y": "*bf16", **sizes, **numbers},
+                          {"ALIGNED": aligned, "ROWS": tile.rows, "CHUNK": tile.chunk},
+                          tiles_elementwise.NUM_WARPS,
+                          ("x_stride", "y_stride", "cols") if aligned else ())  # fmt: skip
