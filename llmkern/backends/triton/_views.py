@@ -1,4 +1,4 @@
-"""Tensors as the kernels read them: rows with column stride 1, a copy only where no view will do."""
+"""Tensors as kernels read them: rows with column stride 1; copied only where no view will do."""
 
 from torch import Tensor
 

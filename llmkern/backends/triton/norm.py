@@ -1,6 +1,7 @@
 """LayerNorm and RMSNorm: norm_kernels.py, norm_bwd_kernels.py."""
 
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -8,15 +9,13 @@ from torch import Tensor
 
 from llmkern import random
 from llmkern.backends.triton import _launch, tiles_norm
+from llmkern.backends.triton._launch import Compilation, compilation
 from llmkern.backends.triton._views import contiguous, rows_of
 from llmkern.specs import NormSpec
 
 
 def supports(spec: NormSpec) -> str | None:
-    reason = _launch.unavailable(spec.device)
-    if reason is None and spec.dtype == torch.float64:
-        reason = "its kernels compute in float32, not in float64"
-    return reason
+    return _launch.unavailable(spec.device) or _launch.unsupported(spec.dtype)
 
 
 @functools.cache
@@ -165,3 +164,89 @@ def _sum_parts(spec: NormSpec, parts: list[Tensor | None]) -> list[Tensor | None
             block.rows, block.chunk, num_warps=block.num_warps,
         )  # fmt: skip
     return sums
+
+
+def compilations(capability: int) -> Iterator[Compilation]:
+    """Every kernel in the forms that 2048 rows of ordinary models take."""
+    for cols, dtype, rms, add, dropout in (
+        (768, "bf16", False, False, 0),
+        (1024, "bf16", False, False, 0),
+        (4096, "bf16", False, False, 0),
+        (1024, "fp32", False, False, 0),
+        (4096, "bf16", True, False, 0),
+        (4096, "bf16", True, True, 0),
+        (1024, "bf16", False, True, 1),
+        (1024, "fp32", False, True, 1),
+        (1030, "fp16", False, True, 2),
+        (32768, "bf16", False, True, 1),
+    ):
+        pointer = "*" + dtype
+        marks = (" rms" * rms, " add" * add, " dropout" * bool(dropout))
+        form = f"{cols} {dtype}{''.join(marks)}"
+        flags = {"RMS": rms, "UNIT_OFFSET": False, "DROPOUT": dropout}
+        types = {
+            "weight": pointer, "bias": None if rms else pointer, "statistics": "*fp32",
+            "seed": "*i64" if dropout else None, "stream": pointer if add else None,
+        }  # fmt: skip
+        yield _forward_form(form, capability, cols, pointer, types, flags)
+        yield from _backward_forms(form, capability, cols, pointer, types, flags)
+    sums = tiles_norm.pick_sum(tiles_norm.multiprocessors(capability))
+    types = {"first_parts": "*fp32", "second_parts": "*fp32", "first": "*bf16", "second": "*bf16",
+             "parts": "i32", "cols": "i32"}  # fmt: skip
+    flags = {"PARTS": sums.rows, "CHUNK": sums.chunk}
+    yield compilation("column_sum bf16", lambda: _backward_kernels().column_sum, types, flags,
+                      sums.num_warps, ("cols",))  # fmt: skip
+
+
+_SIZES = {"rows": "i32", "cols": "i32"}
+
+
+def _forward_form(form, capability, cols, pointer, types, flags) -> Compilation:
+    tile = tiles_norm.pick_forward(2048, cols, 4 if pointer == "*fp32" else 2, capability)
+    arguments = {
+        "x": pointer, "residual": types["stream"], "weight": types["weight"],
+        "bias": types["bias"], "seed": types["seed"], "y": pointer, "z": types["stream"],
+        "statistics": "*fp32", "x_stride": "i32", "residual_stride": "i32", **_SIZES,
+        "eps": "fp32", "threshold": "i32", "scale": "fp32",
+    }  # fmt: skip
+    divisible = ("cols", "x_stride", "residual_stride") if cols % 16 == 0 else ()
+    if not tile.chunks:
+        return compilation(f"norm_fwd_wide {form}", lambda: _forward_kernels().norm_fwd_wide,
+                           arguments, flags | {"CHUNK": tile.chunk}, tile.num_warps,
+                           divisible)  # fmt: skip
+    shape = {"ROWS": tile.block_rows, "CHUNK": tile.chunk, "CHUNKS": tile.chunks,
+             "LANES": tile.lanes, "EVEN": tile.covers(cols)}  # fmt: skip
+    return compilation(f"norm_fwd {form}", lambda: _forward_kernels().norm_fwd, arguments,
+                       flags | shape, tile.num_warps, divisible)  # fmt: skip
+
+
+def _backward_forms(form, capability, cols, pointer, types, flags) -> Iterator[Compilation]:
+    tile = tiles_norm.pick_backward(2048, cols, 4 if pointer == "*fp32" else 2, capability)
+    own = pointer if types["seed"] else None  # dresidual
+    parts = {"dweight": "*fp32", "dbias": types["bias"] and "*fp32"}
+    given = {"dy": pointer, "dz": types["stream"], "z": pointer, "weight": types["weight"],
+             "statistics": "*fp32", "seed": types["seed"], "dx": pointer,
+             "dresidual": own}  # fmt: skip
+    strides = {"dy_stride": "i32", "dz_stride": "i32", "z_stride": "i32"}
+    numbers = {**strides, **_SIZES, "threshold": "i32", "scale": "fp32"}
+    divisible = ("cols", *strides) if cols % 16 == 0 else ()
+    if tile.chunks:
+        shape = {"ROWS": tile.block_rows, "CHUNK": tile.chunk, "CHUNKS": tile.chunks,
+                 "EVEN": tile.covers(cols)}  # fmt: skip
+        yield compilation(f"norm_bwd {form}", lambda: _backward_kernels().norm_bwd,
+                          given | parts | numbers, flags | shape, tile.num_warps,
+                          divisible)  # fmt: skip
+        return
+    yield compilation(f"norm_bwd_wide {form}", lambda: _backward_kernels().norm_bwd_wide,
+                      given | numbers, flags | {"CHUNK": tile.chunk}, tile.num_warps,
+                      divisible)  # fmt: skip
+    block = tiles_norm.AFFINE
+    yield compilation(
+        f"norm_bwd_affine {form}",
+        lambda: _backward_kernels().norm_bwd_affine,
+        {"dy": pointer, "z": pointer, "statistics": "*fp32", **parts, "dy_stride": "i32",
+         "z_stride": "i32", **_SIZES},
+        {"RMS": flags["RMS"], "ROWS": block.rows, "CHUNK": block.chunk},
+        block.num_warps,
+        ("cols", "dy_stride", "z_stride") if divisible else (),
+    )  # fmt: skip

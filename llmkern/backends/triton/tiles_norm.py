@@ -19,6 +19,7 @@ BACKWARD_ELEMENTS = (40, 32)
 # Warps of one row, at most: beyond, the 65536 registers of an SM do not hold a program.
 FORWARD_WARPS = 16
 BACKWARD_WARPS = 8
+ROW_ELEMENTS = 512  # of one row in one lane of each of its warps: 16 warps have 128 registers each
 
 # capability -> SMs of the largest card of that architecture. 2026-11-22.
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
@@ -73,12 +74,14 @@ def _row_shape(
     if cols <= narrow:
         return max(8, power_of_two(cols)), 1, 1  # 8: one Philox call
     most, preferred = limits
+    if cols % 16:  # an address for each element
+        most = preferred
     ranked = []
     warps = 1
     while warps <= most_warps:
         chunk = narrow * warps
         chunks = -(-cols // chunk)
-        if chunks * vector <= most:
+        if chunks * vector <= min(most, ROW_ELEMENTS // warps):
             rank = (chunk * chunks, chunks * vector > preferred, warps)
             ranked.append((rank, (chunk, chunks, warps)))
         warps *= 2
