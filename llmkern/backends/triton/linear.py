@@ -12,9 +12,7 @@ from llmkern.specs import LinearSpec
 
 
 def supports(spec: LinearSpec) -> str | None:
-    reason = _launch.unavailable(spec.device)
-    if reason is None and spec.dtype == torch.float64:
-        reason = "float64 has no Triton kernel"
+    reason = _launch.unavailable(spec.device) or _launch.unsupported(spec.dtype)
     if reason is None and spec.dtype == torch.bfloat16 and linear_calls.interpreted():
         reason = "Triton's interpreter cannot multiply bfloat16"
     return reason

@@ -50,10 +50,10 @@ ADDS_PER_BYTE = {"16-bit": 16, "tf32": 8, "ieee": 2}
 START_COST = {"16-bit": 500_000, "tf32": 250_000, "ieee": 50_000}
 
 # The last row of each table is for a few rows of A, whose product only reads B.
-MMA = {  # mma.sync: sm_80, 86, 89, 120. 3 stages of 128 x 128 x 32 leave room for two programs
+MMA = {  # mma.sync: sm_80, 86, 89, 120. Two programs or more on a multiprocessor of 100 KB
     "16-bit": (
         Tile(128, 128, 32, 4, 4, 1.0),
-        Tile(64, 128, 32, 4, 4, 1.35),
+        Tile(64, 128, 32, 4, 3, 1.35),
         Tile(64, 64, 64, 4, 3, 1.6),
         Tile(32, 64, 64, 4, 4, 2.4),
         Tile(16, 64, 128, 4, 3, 3.1),
@@ -89,7 +89,7 @@ FMA = (
 MMA_GATED = {
     "16-bit": (
         Tile(128, 64, 32, 4, 4, 1.0),
-        Tile(64, 64, 32, 4, 4, 1.3),
+        Tile(64, 64, 32, 4, 3, 1.3),
         Tile(32, 64, 64, 4, 3, 1.7),
         Tile(16, 64, 64, 4, 3, 2.7),
     ),
@@ -113,8 +113,9 @@ WIDE_MMA_GATED = {
     ),
 }
 FMA_GATED = (
-    Tile(64, 32, 16, 8, 3, 1.0),
-    Tile(16, 32, 16, 2, 3, 1.5),
+    Tile(64, 32, 16, 4, 3, 1.0),
+    Tile(32, 32, 16, 8, 3, 1.3),
+    Tile(16, 32, 16, 4, 3, 1.5),
 )
 
 
@@ -138,7 +139,7 @@ def rows(kind: str, gated: bool, vectors: bool, capability: int) -> tuple[Tile, 
     if vectors:
         return table[kind]
     return tuple(
-        tile._replace(num_warps=8) if tile.block_m >= 64 else tile
+        tile._replace(num_warps=8, block_k=32) if tile.block_m >= 64 else tile
         for tile in table[kind]
         if tile.block_n <= 128
     )
