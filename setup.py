@@ -1,9 +1,10 @@
 """Builds the compiled parts without torch: plain C++ with pybind11, objects in parallel by ninja.
 
-llmkern._C_cpu holds the CPU kernels, llmkern._C_emulator executes PTX on the CPU. CPU kernel sources are compiled once per instruction set, each into a namespace of its own; the
-extension picks one at run time. OpenMP is compiled in but not linked: at load,
+llmkern._C_cpu holds the CPU kernels; its sources are compiled once per instruction set, each into a
+namespace of its own, and it picks one at run time. OpenMP is compiled in but not linked: at load,
 llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has mapped already,
-whatever its file is called there.
+whatever its file is called there. llmkern._C_emulator executes PTX on the CPU; beside it lies the
+stand-in for libcudart.so.13 that brings it the launches of libraries built by nvcc.
 
 Environment: LLMKERN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; CXX,
 CXXFLAGS.
@@ -23,6 +24,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 EMULATOR = Path("csrc/emulator")
+CUDART = EMULATOR / "cudart"
+CUDART_NAME = "libcudart.so.13"
 KERNEL_SOURCES = "attention_bwd attention_fwd elementwise gemm linear norm probe".split()
 BF16_SOURCES = ["probe"]  # those with kernels in LLMKERN_CPU_BF16_KERNELS (kernel_list.h)
 X86_FLAGS = {
@@ -85,6 +88,11 @@ def emulator_objects() -> list[tuple[str, Path, list[str]]]:
     return [(p.stem, p, own) for p in sorted((ROOT / EMULATOR).glob("*.cpp"))]
 
 
+def cudart_objects() -> list[tuple[str, Path, list[str]]]:
+    own = optimised("-O2", "-fvisibility=default")
+    return [(f"cudart_{p.stem}", p, own) for p in sorted((ROOT / CUDART).glob("*.cpp"))]
+
+
 OBJECTS = {"llmkern._C_cpu": cpu_objects, "llmkern._C_emulator": emulator_objects}
 
 
@@ -106,18 +114,37 @@ def write_ninja(name: str, build_dir: Path, output: Path) -> None:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx {shlex.join(link)} $in -o $out",
+        f"  command = $cxx {shlex.join(link)} $options $in -o $out",
     ]
-    names = []
-    for stem, source, extra in OBJECTS[name]():
-        lines.append(f"build {stem}.o: compile {ninja_path(source.resolve())}")
-        lines.append(f"  extra = {shlex.join(extra)}")
-        names.append(f"{stem}.o")
-    lines.append(f"build {ninja_path(output.resolve())}: link {' '.join(names)}")
+    lines += linked(output, OBJECTS[name](), "")
+    if name == "llmkern._C_emulator":
+        exports = ROOT / CUDART / "exports.map"
+        options = f"-Wl,-soname,{CUDART_NAME} -Wl,--version-script={shlex.quote(str(exports))}"
+        lines += linked(output.with_name(CUDART_NAME), cudart_objects(), options)
     (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
+def linked(output: Path, objects: list[tuple[str, Path, list[str]]], options: str) -> list[str]:
+    """Ninja's lines for one shared library."""
+    lines = []
+    for stem, source, extra in objects:
+        lines.append(f"build {stem}.o: compile {ninja_path(source.resolve())}")
+        lines.append(f"  extra = {shlex.join(extra)}")
+    names = " ".join(f"{stem}.o" for stem, _, _ in objects)
+    lines.append(f"build {ninja_path(output.resolve())}: link {names}")
+    lines.append(f"  options = {options}")
+    return lines
+
+
 class NinjaBuildExt(build_ext):
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "llmkern" / CUDART_NAME
+        self.copy_file(str(built), str(ROOT / "llmkern" / CUDART_NAME))
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(Path(self.build_lib) / "llmkern" / CUDART_NAME)]
+
     def build_extension(self, ext: Extension) -> None:
         build_dir = Path(self.build_temp).resolve() / ext.name
         if os.environ.get("LLMKERN_SANITIZE") == "1":
