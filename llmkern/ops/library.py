@@ -1,9 +1,9 @@
 """The torch.library namespace `torch.ops.llmkern` and the choice between its two ways in.
 
-Under torch.compile, fake tensors, dispatch modes and tensor subclasses a call goes
-through the dispatcher (torch.ops.llmkern.*), which those systems understand. In plain eager mode
-that costs about 10 us with gradients, so there the same functions run under torch.autograd.Function
-directly (4 us).
+Under torch.compile, fake tensors, dispatch modes, tensor subclasses and views that negate lazily a
+call goes through the dispatcher (torch.ops.llmkern.*), which those systems understand. In plain
+eager mode that costs about 10 us with gradients, so there the same functions run under
+torch.autograd.Function directly (4 us).
 
 What a call of an op must find out (are the arguments right, which spec, does autograd record) is
 the same for every call with the same signature. ops/norm.py shows the pattern: signature() of the
@@ -29,6 +29,8 @@ def plain_eager(*tensors: Tensor | None) -> bool:
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return False
+        if tensor is not None and tensor.is_neg():
             return False
     return True
 
@@ -61,7 +63,7 @@ def signature(*tensors: Tensor | None) -> tuple | None:
         if tensor is None:
             key.append(None)
         elif type(tensor) is Tensor or type(tensor) is Parameter:
-            if tensor.is_nested:
+            if tensor.is_nested or tensor.is_neg():
                 return None
             key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad)
         else:
