@@ -15,9 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from llmkern.errors import BackendError
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 
@@ -41,8 +43,19 @@ def in_transform() -> bool:
     torch.library ops: there the reference backend's plain torch runs, which all of it understands.
     """
     if torch.compiler.is_compiling():
+        if _in_jvp():  # the dispatcher would drop the tangent without a word
+            raise BackendError("torch.func.jvp and jacfwd need plain eager mode, not torch.compile")
         return False
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _in_jvp() -> bool:
+    interpreter = peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == TransformType.Jvp
+
+
+# What torch.compiler.assume_constant_result sets: dynamo enters the transforms that it traces.
+_in_jvp._dynamo_marked_constant = True
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
