@@ -3,8 +3,9 @@
 A call is described by its op's name and spec. Backends are asked in the order of BACKENDS; the
 first whose `supports(spec)` returns None serves. `use_backend` or an op's `backend=` argument name
 one: if that one cannot serve, BackendError is raised, whatever the policy. The fallback policy is
-about calls for which nobody named a backend and the device's fused backend says no: "error", "warn"
-or "silent" (the default is "warn"); each fallback is counted in `fallbacks()`.
+about calls for which nobody named a backend and that only the reference serves, where the device
+has fused backends: "error", "warn" or "silent" (the default is "warn"); each fallback is counted in
+`fallbacks()`.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import contextvars
 import importlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -145,7 +146,7 @@ def resolve(op: str, spec: tuple, backend: str | None = None) -> ModuleType:
     if settings.records is not None:
         settings.records.append((op, spec, decision))
     module = module_of(decision.backend, op)
-    if decision.rejected:
+    if decision.rejected and decision.backend == "reference":
         _report_fallback(op, decision)
     else:
         if len(_choices) >= 4096:  # specs hold sizes: new ones must not make it grow for ever
@@ -179,6 +180,17 @@ class Choice:
         if settings.records is None and _choices.get(key) is module:
             self._kept = (settings, emulated, _choices, module)
         return module
+
+
+def foresee(op: str, describe: Callable[[], tuple], backend: str | None) -> None:
+    """Record, where `recording` is on, how a call on fake tensors would be decided.
+
+    `describe` gives the spec. A compiler's tracing is no call and records nothing.
+    """
+    records = _settings.get().records
+    if records is not None and torch._guards.TracingContext.try_get() is None:
+        spec = describe()
+        records.append((op, spec, decide(op, spec, backend)))
 
 
 class BackendStatus(NamedTuple):
@@ -240,7 +252,7 @@ has_fused._dynamo_marked_constant = True  # what torch.compiler.assume_constant_
 
 
 def _report_fallback(op: str, decision: Decision) -> None:
-    name, reason = decision.rejected[0]
+    name, reason = decision.rejected[-1]
     policy = _settings.get().policy
     message = f"{op}: {name} cannot serve this call ({reason}); {decision.backend} serves it"
     if policy == "error":

@@ -6,7 +6,7 @@ from rule import check_rule, gradients, leaves
 from torch.nn import functional
 
 from llmkern import random, use_backend
-from llmkern.backends.triton import _launch, tiles_norm
+from llmkern.backends.triton import _launch, norm, tiles_norm
 from llmkern.functional import add_layer_norm, add_rms_norm
 
 pytestmark = pytest.mark.skipif(
@@ -21,11 +21,13 @@ def only_wide(monkeypatch):
     """No row fits on chip; 64 columns at a time."""
     monkeypatch.setattr(tiles_norm, "_row_shape", lambda *arguments: None)
     monkeypatch.setattr(tiles_norm, "WIDE_CHUNK", 64)
-    tiles_norm.pick_forward.cache_clear()
-    tiles_norm.pick_backward.cache_clear()
+    choices = (tiles_norm.pick_forward, tiles_norm.pick_backward,
+               norm._forward_plan, norm._backward_plan)  # fmt: skip
+    for choice in choices:
+        choice.cache_clear()
     yield
-    tiles_norm.pick_forward.cache_clear()
-    tiles_norm.pick_backward.cache_clear()
+    for choice in choices:
+        choice.cache_clear()
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("layer", torch.float32), ("rms", torch.bfloat16)])

@@ -162,6 +162,7 @@ def _no_second_derivative(ctx, gradient):
 
 
 def _fake(x, activation, backend):
+    dispatch.foresee("activation", lambda: _spec(x, activation), backend)
     y = torch.empty_like(x)
     return y if y.stride() == x.stride() else x.new_empty(x.shape)
 

@@ -266,6 +266,8 @@ def _autograd(ctx, dy, _dpreact, _dup_preact):
 def _fake(
     x, weight, up_weight, bias, up_bias, residual, seed, activation, dropout_p, keep_preact, backend
 ):
+    tensors, options = (x, weight, up_weight, bias, residual), (activation, dropout_p, keep_preact)
+    dispatch.foresee("linear", lambda: _spec(*tensors, *options), backend)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     empty = x.new_empty(0)
     preact = torch.empty_like(y) if keep_preact else empty

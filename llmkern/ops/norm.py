@@ -408,6 +408,8 @@ def _no_second_derivative(ctx, *gradients):
 
 
 def _fake(x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend):
+    options = (cols, eps, rms, unit_offset, dropout_p, keep_z)
+    dispatch.foresee("norm", lambda: _spec(x, residual, weight, bias, *options), backend)
     rows = x.numel() // cols if cols else x.shape[:1].numel()
     z = x if residual is None else residual
     statistics = x.new_empty((1 if rms else 2, rows), dtype=numerics.compute_dtype(z.dtype))
