@@ -137,7 +137,7 @@ def resolve(op: str, spec: tuple, backend: str | None = None) -> ModuleType:
     if records is not None:
         records.append((op, spec, decision))
     module = module_of(decision.backend, op)
-    if decision.rejected:
+    if decision.rejected and decision.backend == "reference":
         _report_fallback(op, decision)
     elif len(_choices) < 4096:  # specs hold sizes: a stream of new ones must not grow it for ever
         _choices[key] = module
@@ -205,7 +205,7 @@ has_fused._dynamo_marked_constant = True  # what torch.compiler.assume_constant_
 
 
 def _report_fallback(op: str, decision: Decision) -> None:
-    name, reason = decision.rejected[0]
+    name, reason = decision.rejected[-1]  # the last fused backend that was asked
     policy = _policy.get()
     message = f"{op}: {name} cannot serve this call ({reason}); {decision.backend} serves it"
     if policy == "error":
