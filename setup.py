@@ -1,6 +1,6 @@
 """Builds the compiled parts without torch: plain C++ with pybind11, objects in parallel by ninja.
 
-Kernel sources are compiled once per instruction set, each into a namespace of its own; the
+llmkern._C_cpu holds the CPU kernels, llmkern._C_emulator executes PTX on the CPU. CPU kernel sources are compiled once per instruction set, each into a namespace of its own; the
 extension picks one at run time. OpenMP is compiled in but not linked: at load,
 llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has mapped already,
 whatever its file is called there.
@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
+EMULATOR = Path("csrc/emulator")
 KERNEL_SOURCES = "attention_bwd attention_fwd elementwise gemm linear norm probe".split()
 BF16_SOURCES = ["probe"]  # those with kernels in LLMKERN_CPU_BF16_KERNELS (kernel_list.h)
 X86_FLAGS = {
@@ -37,51 +38,61 @@ def is_x86() -> bool:
 
 
 def common_flags() -> list[str]:
+    """For every object of every extension, before the object's own."""
     import pybind11
 
-    flags = [
-        "-std=c++17",
-        "-O3",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-fopenmp",
-        "-g0",
-        "-Wall",
-        "-Wextra",
-    ]
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
     # GCC warns about the deliberately undefined sources inside its own AVX-512 headers.
     flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-    flags += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    flags += ["-fno-math-errno"]
     if os.environ.get("LLMKERN_SANITIZE") == "1":
-        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
+        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
     if is_x86():
         flags.append("-DLLMKERN_HAVE_X86")
     includes = [
         ROOT / "csrc/include",
         ROOT / CPU,
+        ROOT / EMULATOR,
         pybind11.get_include(),
         sysconfig.get_path("include"),
     ]
-    return flags + [f"-I{path}" for path in includes] + shlex.split(os.environ.get("CXXFLAGS", ""))
+    return flags + [f"-I{path}" for path in includes]
+
+
+def optimised(*flags: str) -> list[str]:
+    """An object's own flags; a sanitizer build is optimised less, CXXFLAGS come last."""
+    level = ["-O1"] if os.environ.get("LLMKERN_SANITIZE") == "1" else []
+    return [*flags, *level, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
 
 def cpu_objects() -> list[tuple[str, Path, list[str]]]:
     """(object name, source, extra flags) for everything in the CPU extension."""
-    objects = [(p.stem, p, []) for p in sorted((ROOT / CPU).glob("bindings*.cpp"))]
-    objects.append(("kernel_table", ROOT / CPU / "kernel_table.cpp", []))
+    own = optimised("-O3", "-fopenmp", "-fno-trapping-math", "-ffp-contract=fast")
+    objects = [(p.stem, p, own) for p in sorted((ROOT / CPU).glob("bindings*.cpp"))]
+    objects.append(("kernel_table", ROOT / CPU / "kernel_table.cpp", own))
     isas = {"scalar": "", **(X86_FLAGS if is_x86() else {})}
     for isa, flags in isas.items():
         for name in BF16_SOURCES if isa == "avx512_bf16" else KERNEL_SOURCES:
-            extra = [f"-DLLMKERN_ISA={isa}", *shlex.split(flags)]
+            extra = [*own, f"-DLLMKERN_ISA={isa}", *shlex.split(flags)]
             objects.append((f"{name}.{isa}", ROOT / CPU / f"{name}.cpp", extra))
     return objects
+
+
+def emulator_objects() -> list[tuple[str, Path, list[str]]]:
+    """The emulator: IEEE arithmetic as written, lane loops vectorised."""
+    own = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fno-strict-aliasing"]
+    own = optimised(*own, "-ffp-contract=off", "-frounding-math", "-pthread")
+    return [(p.stem, p, own) for p in sorted((ROOT / EMULATOR).glob("*.cpp"))]
+
+
+OBJECTS = {"llmkern._C_cpu": cpu_objects, "llmkern._C_emulator": emulator_objects}
 
 
 def ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def write_ninja(build_dir: Path, output: Path) -> None:
+def write_ninja(name: str, build_dir: Path, output: Path) -> None:
     cxx = os.environ.get("CXX", "c++")
     link = ["-shared"]
     if os.environ.get("LLMKERN_SANITIZE") == "1":
@@ -98,10 +109,10 @@ def write_ninja(build_dir: Path, output: Path) -> None:
         f"  command = $cxx {shlex.join(link)} $in -o $out",
     ]
     names = []
-    for name, source, extra in cpu_objects():
-        lines.append(f"build {name}.o: compile {ninja_path(source.resolve())}")
+    for stem, source, extra in OBJECTS[name]():
+        lines.append(f"build {stem}.o: compile {ninja_path(source.resolve())}")
         lines.append(f"  extra = {shlex.join(extra)}")
-        names.append(f"{name}.o")
+        names.append(f"{stem}.o")
     lines.append(f"build {ninja_path(output.resolve())}: link {' '.join(names)}")
     (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
 
@@ -114,13 +125,13 @@ class NinjaBuildExt(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_ninja(build_dir, output)
+        write_ninja(ext.name, build_dir, output)
         # A sanitizer build and a plain one share the output name.
         output.unlink(missing_ok=True)
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)], check=True)
 
 
 setup(
-    ext_modules=[Extension("llmkern._C_cpu", sources=[])],
+    ext_modules=[Extension(name, sources=[]) for name in OBJECTS],
     cmdclass={"build_ext": NinjaBuildExt},
 )

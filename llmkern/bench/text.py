@@ -70,3 +70,9 @@ def hardware(machine: dict[str, Any]) -> str:
     """The card, if there was one, the CPU and its cores."""
     card = machine.get("accelerator")
     return f"{f'{card}, ' if card else ''}{machine.get('cpu')}, {machine.get('cores')} cores"
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """Variants whose work differs from their case's, each once: "name: how"."""
+    found = {(v.name, v.note) for row in rows for v in row.variants if v.note and v.timing}
+    return [f"{name}: {note}" for name, note in sorted(found)]
