@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from llmkern.backends.triton.attention_mask_kernels import (
+    CAREFUL_COLUMNS,
     INFINITY,
     LN2,
     LOG2E,
@@ -22,11 +23,11 @@ from llmkern.backends.triton.attention_mask_kernels import (
     load_columns,
     load_rows,
     not_finite,
+    open_head,
+    open_sides,
     tile_scores,
 )
 from llmkern.backends.triton.philox_kernels import load_keys
-
-CAREFUL_COLUMNS = tl.constexpr(32)  # three accumulators of this width fit beside q
 
 
 @triton.jit
@@ -67,34 +68,6 @@ def open_rows(pid, tiles, q, heads, kv_heads, q_len, FORM: tl.constexpr, BLOCK_M
 
 
 @triton.jit
-def open_sides(b, head, i, bias, mask, slopes, FORM: tl.constexpr):
-    """(bias_rows, mask_rows, slope) of the queries, [BLOCK_M, 1] each or None."""
-    bias_rows = None
-    mask_rows = None
-    slope = None
-    b = tl.cast(b, tl.int64)
-    head = head.to(tl.int64)
-    i = i.to(tl.int64)
-    if FORM.bias:
-        stride_b, stride_h, stride_i = bias
-        bias_rows = (b * stride_b + head * stride_h + i * stride_i)[:, None]
-    if FORM.mask:
-        stride_b, stride_h, stride_i = mask
-        mask_rows = (b * stride_b + head * stride_h + i * stride_i)[:, None]
-    if FORM.slopes:
-        at, stride_b = slopes
-        slope = tl.load(at + b * stride_b + head)[:, None]
-    return bias_rows, mask_rows, slope
-
-
-@triton.jit
-def open_keys(b, kv_head, rows):
-    """(first row, row stride) of k or v of a head."""
-    at, stride_b, stride_h, stride_t = rows
-    return at + tl.cast(b, tl.int64) * stride_b + tl.cast(kv_head, tl.int64) * stride_h, stride_t
-
-
-@triton.jit
 def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
            FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """state = (sum of p v, row maximum, sum of p), brought forward over the keys begin .. end."""
@@ -110,8 +83,10 @@ def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
         kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, EDGE)
         qk = tl.dot(q, tl.trans(kt), input_precision=FORM.precision)
         j = j0 + tl.arange(0, BLOCK_N)
-        s, _, _ = tile_scores(qk, i[:, None], j[None, :], bias_rows, mask_rows, slope, size, side,
-                              rule, FORM, EDGE)  # fmt: skip
+        s, visible, _ = tile_scores(qk, i[:, None], j[None, :], bias_rows, mask_rows, slope, size,
+                                    side, rule, FORM, EDGE)  # fmt: skip
+        if visible is not None:
+            s = tl.where(visible, s, -INFINITY)
         higher = tl.maximum(top, tl.max(s, 1))
         least = tl.where(higher == -INFINITY, 0.0, higher)  # never inf - inf
         p = exponential(s, least[:, None], rule, FORM)
@@ -225,11 +200,11 @@ def attention_fwd(
     b, kv_head, head, i, slab, first, last, live, tile_q = open_rows(
         pid, tiles, (q, q_stride_b, q_stride_h, q_stride_s), heads, kv_heads, q_len, FORM, BLOCK_M
     )
-    keys = open_keys(b, kv_head, (k, k_stride_b, k_stride_h, k_stride_s))
-    values = open_keys(b, kv_head, (v, v_stride_b, v_stride_h, v_stride_s))
+    keys = open_head(b, kv_head, (k, k_stride_b, k_stride_h, k_stride_s))
+    values = open_head(b, kv_head, (v, v_stride_b, v_stride_h, v_stride_s))
     offsets = open_sides(b, head, i, (bias_stride_b, bias_stride_h, bias_stride_i),
                          (mask_stride_b, mask_stride_h, mask_stride_i), (slopes, slopes_stride_b),
-                         FORM)  # fmt: skip
+                         1, FORM)  # fmt: skip
     if FORM.key_mask:
         key_mask += tl.cast(b, tl.int64) * kv_len
     size = (q_len, kv_len, shift, left, right)

@@ -21,6 +21,7 @@ from llmkern.backends.triton.philox_kernels import attention_keep
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
+CAREFUL_COLUMNS = tl.constexpr(32)  # three accumulators of this width fit beside the operands
 
 
 @triton.jit
@@ -68,6 +69,35 @@ def load_rows(base, first, stride, rows, BLOCK_R: tl.constexpr, COLS: tl.constex
 
 
 @triton.jit
+def open_head(b, head, tensor):
+    """(first row, row stride) of a head of a [B, heads, length, dim] tensor."""
+    at, stride_b, stride_h, stride_row = tensor
+    at = at + tl.cast(b, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
+    return at, stride_row
+
+
+@triton.jit
+def open_sides(b, head, i, bias, mask, slopes, AXIS: tl.constexpr, FORM: tl.constexpr):
+    """(bias_rows, mask_rows, slope) of queries i [M] of `head` (or of head [M]), spread along AXIS
+    of a tile; None for what the call has not."""
+    bias_rows = None
+    mask_rows = None
+    slope = None
+    b = tl.cast(b, tl.int64)
+    head = i * 0 + tl.cast(head, tl.int64)
+    if FORM.bias:
+        stride_b, stride_h, stride_i = bias
+        bias_rows = tl.expand_dims(b * stride_b + head * stride_h + i.to(tl.int64) * stride_i, AXIS)
+    if FORM.mask:
+        stride_b, stride_h, stride_i = mask
+        mask_rows = tl.expand_dims(b * stride_b + head * stride_h + i.to(tl.int64) * stride_i, AXIS)
+    if FORM.slopes:
+        at, stride_b = slopes
+        slope = tl.expand_dims(tl.load(at + b * stride_b + head), AXIS)
+    return bias_rows, mask_rows, slope
+
+
+@triton.jit
 def load_columns(base, first, stride, rows, column, COLS: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_C: tl.constexpr):  # fmt: skip
     """[BLOCK_R, BLOCK_C] from row `first` and column `column` on, 0 beyond rows and COLS."""
@@ -75,6 +105,16 @@ def load_columns(base, first, stride, rows, column, COLS: tl.constexpr, BLOCK_R:
     c = column + tl.arange(0, BLOCK_C)
     at = base + r[:, None].to(tl.int64) * stride + c[None, :]
     return tl.load(at, mask=(r < rows)[:, None] & (c < COLS)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, first, stride, rows, column, COLS: tl.constexpr, tile):
+    """Rounds `tile` [R, C] once and stores it at row `first`, column `column` of a matrix with
+    `rows` rows and COLS columns."""
+    r = first + tl.arange(0, tile.shape[0])
+    c = column + tl.arange(0, tile.shape[1])
+    at = base + r[:, None].to(tl.int64) * stride + c[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=(r < rows)[:, None] & (c < COLS)[None, :])
 
 
 @triton.jit
@@ -105,7 +145,7 @@ def _both(visible, also):
 def tile_scores(qk, i, j, bias_rows, mask_rows, slope, size, side, rule, FORM: tl.constexpr,
                 EDGE: tl.constexpr):  # fmt: skip
     """(scores, visible, derivative of softcap) of a tile of dot products; the latter two are None
-    where all pairs are visible, or without softcap. Hidden scores are -inf.
+    where all pairs are visible, or without softcap. Hidden scores can be anything, NaN included.
 
     bias_rows, mask_rows: int64, offset of each query's row of bias and mask; slope: of each query.
     EDGE: the tile may reach over the band or over the last key.
@@ -143,8 +183,6 @@ def tile_scores(qk, i, j, bias_rows, mask_rows, slope, size, side, rule, FORM: t
         visible = _both(visible, m != 0)
     if FORM.key_mask:
         visible = _both(visible, tl.load(key_mask + j, mask=j < kv_len, other=0) != 0)
-    if visible is not None:
-        s = tl.where(visible, s, -INFINITY)
     return s, visible, derivative
 
 

@@ -1,0 +1,313 @@
+"""Attention: attention_*_kernels.py. Contract: backends/reference/attention.py."""
+
+import torch
+from torch import Tensor
+
+from llmkern import random
+from llmkern.backends.triton import _launch
+from llmkern.backends.triton import tiles_attention as tiles
+from llmkern.specs import AttentionSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIM = 256  # at most: the accumulators of a tile must fit in registers
+
+
+def supports(spec: AttentionSpec) -> str | None:
+    if spec.dtype not in DTYPES:
+        return "float64 has no matrix instructions in Triton"
+    if max(spec.head_dim, spec.value_dim) > HEAD_DIM:
+        return f"head dims up to {HEAD_DIM}, got {spec.head_dim} and {spec.value_dim}"
+    return _launch.unavailable(spec.device)
+
+
+def _precision() -> str:
+    """Of products of float32 operands: what torch's own products use."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 on; covers the older switches too
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[B, heads, length, dim] with a last stride of 1: what the kernels read in place."""
+    return t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()
+
+
+def _sizes(spec: AttentionSpec) -> dict[str, int]:
+    """Lengths and band, which fit 32 bits: a limit beyond all places is no limit."""
+    far = spec.q_len + spec.kv_len + abs(spec.shift)
+    return dict(heads=spec.heads, kv_heads=spec.kv_heads, q_len=spec.q_len, kv_len=spec.kv_len,
+                shift=spec.shift, left=min(spec.left, far), right=min(spec.right, far))  # fmt: skip
+
+
+def _numbers(spec: AttentionSpec) -> dict[str, float]:
+    threshold = random.threshold(spec.dropout_p) if spec.dropout_p else 0
+    return dict(scale=spec.scale, softcap=spec.softcap, threshold=threshold,
+                drop_scale=random.scale(spec.dropout_p))  # fmt: skip
+
+
+def _strides(name: str, t: Tensor) -> dict[str, int]:
+    """Strides of [B, heads, length, dim] but the last, which is 1."""
+    letters = "bht" if name in ("k", "v", "dk", "dv") else "bhs"
+    of = zip(letters.replace("t", "s"), t.stride(), strict=False)
+    return {f"{name}_stride_{axis}": stride for axis, stride in of}
+
+
+def _broadcast(name: str, t: Tensor | None, spec: AttentionSpec) -> dict[str, int]:
+    """Strides over [B, H, S, T], 0 where `t` has one element."""
+    strides = (0, 0, 0, 0)
+    if t is not None:
+        strides = t.expand(spec.batch, spec.heads, spec.q_len, spec.kv_len).stride()
+    return {f"{name}_stride_{axis}": stride for axis, stride in zip("bhij", strides, strict=True)}
+
+
+def _sides(
+    spec: AttentionSpec,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+) -> dict[str, object]:
+    """Pointers and strides of what goes with q, k and v."""
+    if mask is not None:
+        mask = mask.view(torch.uint8)
+    if key_mask is not None:
+        key_mask = key_mask.expand(spec.batch, spec.kv_len).contiguous().view(torch.uint8)
+    slopes_stride = 0
+    if slopes is not None:
+        slopes = slopes.expand(spec.batch, spec.heads)
+        slopes = slopes if slopes.stride(1) == 1 else slopes.contiguous()
+        slopes_stride = slopes.stride(0)
+    return dict(bias=bias, mask=mask, key_mask=key_mask, slopes=slopes,
+                **_broadcast("bias", bias, spec), **_broadcast("mask", mask, spec),
+                slopes_stride_b=slopes_stride)  # fmt: skip
+
+
+def forward(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    b, h, s = spec.batch, spec.heads, spec.q_len
+    # transpose_, not transpose: autograd forbids in-place changes to views made in a Function.
+    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype, device=q.device).transpose_(1, 2)
+    lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
+    if b * h * s == 0:
+        return out, lse
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    inputs = dict(q=q, k=k, v=v, seed=seed, **_strides("q", q), **_strides("k", k),
+                  **_strides("v", v), **_sides(spec, bias, mask, key_mask, slopes),
+                  **_sizes(spec), **_numbers(spec))  # fmt: skip
+    sinks = None if sinks is None else sinks.contiguous()
+    with _launch.guard(q.device):
+        chunk = tiles.pick_chunk(spec)
+        if chunk:
+            _forward_in_parts(spec, inputs, sinks, out, lse, chunk)
+        else:
+            _launch_forward(spec, inputs, sinks, out, lse, 0)
+    return out, lse
+
+
+def _launch_forward(spec, inputs, sinks, out, lse, chunk):
+    from llmkern.backends.triton.attention_fwd_kernels import attention_fwd
+
+    shape = tiles.form(spec, _precision())
+    tile = tiles.pick_forward(spec, shape, _launch.capability(out.device))
+    heads = spec.kv_heads if shape.packed else spec.heads
+    programs = -(-tiles.rows(spec) // tile.block_m) * spec.batch * heads
+    attention_fwd[programs, -(-spec.kv_len // chunk) if chunk else 1](
+        **inputs,
+        sinks=sinks,
+        out=out,
+        lse=lse,
+        **_strides("out", out),
+        chunk=chunk,
+        part_rows=spec.batch * spec.heads * spec.q_len,
+        FORM=shape._replace(sinks=sinks is not None),
+        **tiles.launch(tile),
+    )
+
+
+def _forward_in_parts(spec, inputs, sinks, out, lse, chunk):
+    from llmkern.backends.triton.attention_split_kernels import attention_combine
+
+    parts = -(-spec.kv_len // chunk)
+    rows = spec.batch * spec.heads * spec.q_len
+    part_out = torch.empty(
+        parts, *out.shape, dtype=torch.float32, device=out.device
+    )
+    part_lse = torch.empty(parts, rows, dtype=torch.float32, device=out.device)
+    _launch_forward(spec, inputs, None, part_out[0], part_lse, chunk)
+    shape = tiles.form(spec, _precision())
+    tile = tiles.pick_rows(shape)
+    attention_combine[(-(-rows // tile.block_m),)](
+        part_out,
+        part_lse,
+        sinks,
+        out,
+        lse,
+        *out.stride()[:3],
+        spec.heads,
+        spec.q_len,
+        rows,
+        parts,
+        FORM=shape,
+        BLOCK_R=tile.block_m,
+        num_warps=tile.num_warps,
+    )
+
+
+def _gradient(wanted: bool, like: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(what the kernel writes, what is returned): one tensor if its last stride is 1."""
+    if not wanted:
+        return torch.empty_like(like, memory_format=torch.contiguous_format), like.new_empty(0)
+    result = torch.empty_like(like) if into is None else into
+    if result.stride(3) == 1 or result.shape[3] <= 1:
+        return result, result
+    return torch.empty(result.shape, dtype=result.dtype, device=result.device), result
+
+
+def backward(
+    spec: AttentionSpec,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wants: list[bool],
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    empty = q.new_empty(0)
+    q, k, v, dout, out = (_rows(t) for t in (q, k, v, dout, out))
+    pairs = [_gradient(*of) for of in zip(wants[:3], (q, k, v), (dq, dk, dv), strict=True)]
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if wants[3] else empty
+    dsinks = torch.empty(spec.heads, dtype=torch.float32, device=q.device) if wants[4] else empty
+    shape = tiles.form(spec, _precision())
+    with _launch.guard(q.device):
+        rows = _launch_levels(spec, shape, dout, out, lse, dlse)
+        inputs = dict(q=q, k=k, v=v, seed=seed, dout=dout, **rows, **_strides("q", q),
+                      **_strides("k", k), **_strides("v", v), **_strides("dout", dout),
+                      **_sides(spec, bias, mask, key_mask, slopes), **_sizes(spec),
+                      **_numbers(spec), FORM=shape)  # fmt: skip
+        if wants[1] or wants[2]:
+            _launch_keys(spec, inputs, pairs[1][0], pairs[2][0])
+        if wants[0]:
+            _launch_queries(spec, inputs, pairs[0][0])
+        if wants[3]:
+            _launch_bias(spec, inputs, dbias)
+        if wants[4]:
+            _launch_sinks(spec, sinks, lse, rows["delta"], dsinks)
+    for written, result in pairs:
+        if written is not result and result.dim() == 4:
+            result.copy_(written)
+    return (*(result for _, result in pairs), dbias, dsinks)
+
+
+def _launch_levels(spec, shape, dout, out, lse, dlse) -> dict[str, Tensor]:
+    from llmkern.backends.triton.attention_bwd_kernels import attention_levels
+
+    lse = lse.contiguous()
+    level, delta = (torch.empty_like(lse) for _ in range(2))
+    tile = tiles.pick_rows(shape)
+    programs = -(-lse.numel() // tile.block_m)
+    if programs:
+        attention_levels[(programs,)](
+            out,
+            dout,
+            lse,
+            None if dlse is None else dlse.contiguous(),
+            level,
+            delta,
+            *out.stride()[:3],
+            *dout.stride()[:3],
+            spec.heads,
+            spec.q_len,
+            lse.numel(),
+            spec.scale,
+            FORM=shape,
+            BLOCK_R=tile.block_m,
+            num_warps=tile.num_warps,
+        )
+    return dict(level=level, delta=delta)
+
+
+def _launch_keys(spec, inputs, dk, dv):
+    from llmkern.backends.triton.attention_bwd_kernels import attention_bwd_keys
+
+    tile = tiles.pick_keys(spec, inputs["FORM"], _launch.capability(dk.device))
+    programs = -(-spec.kv_len // tile.block_n) * spec.batch * spec.kv_heads
+    if programs:
+        attention_bwd_keys[(programs,)](
+            **inputs,
+            dk=dk,
+            dv=dv,
+            **_strides("dk", dk),
+            **_strides("dv", dv),
+            **tiles.launch(tile),
+        )
+
+
+def _launch_queries(spec, inputs, dq):
+    from llmkern.backends.triton.attention_bwd_query_kernels import attention_bwd_queries
+
+    tile = tiles.pick_queries(spec, inputs["FORM"], _launch.capability(dq.device))
+    programs = -(-spec.q_len // tile.block_m) * spec.batch * spec.heads
+    if programs:
+        attention_bwd_queries[(programs,)](
+            **inputs, dq=dq, **_strides("dq", dq), **tiles.launch(tile)
+        )
+
+
+def _launch_bias(spec, inputs, dbias):
+    from llmkern.backends.triton.attention_bwd_side_kernels import attention_bwd_bias
+
+    tile = tiles.pick_bias(spec, inputs["FORM"], _launch.capability(dbias.device))
+    full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
+    wide = tiles.Wide(*(n == 1 for n in dbias.shape))
+    blocks = (1, 1, tile.block_m, tile.block_n)
+    programs = 1
+    for alone, n, block in zip(wide, full, blocks, strict=True):
+        programs *= 1 if alone else -(-n // block)
+    if programs:
+        strides = zip("bhij", dbias.stride(), strict=True)
+        attention_bwd_bias[(programs,)](
+            **inputs,
+            dbias=dbias,
+            **{f"dbias_stride_{axis}": stride for axis, stride in strides},
+            batch=spec.batch,
+            WIDE=wide,
+            **tiles.launch(tile),
+        )
+
+
+def _launch_sinks(spec, sinks, lse, delta, dsinks):
+    from llmkern.backends.triton.attention_bwd_side_kernels import attention_bwd_sinks
+
+    if spec.heads:
+        attention_bwd_sinks[(spec.heads,)](
+            sinks.contiguous(),
+            lse.contiguous(),
+            delta,
+            dsinks,
+            spec.batch,
+            spec.heads,
+            spec.q_len,
+            BLOCK=tiles.SINK_BLOCK,
+        )
