@@ -33,26 +33,27 @@ from llmkern.backends.triton.philox_kernels import load_keys
 
 
 @triton.jit
-def pair_gradients(qk, dp, keep, i, j, level, delta, offsets, size, side, rule, drop_scale,
-                   FORM: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """(p as dv takes it but for drop_scale, ds, visible) of a tile, from <q, k> and <do, v>."""
+def pair_gradients(qk, dp, keep, i, j, i0, j0, level, delta, offsets, size, side, rule, drop_scale,
+                   OF_BIAS: tl.constexpr, FORM: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """(p as dv takes it but for drop_scale, ds, visible) of a tile, from <q, k> and <do, v>. ds is
+    the gradient of <q, k> scale, which softcap acts on, or OF_BIAS of what is added after it."""
     bias_rows, mask_rows, slope = offsets
-    s, visible, derivative = tile_scores(qk, i, j, bias_rows, mask_rows, slope, size, side, rule,
-                                         FORM, EDGE)  # fmt: skip
+    s, visible, derivative = tile_scores(qk, i, j, i0, j0, bias_rows, mask_rows, slope, size, side,
+                                         rule, FORM, EDGE)  # fmt: skip
     if FORM.sharp:
         p = tl.exp2((s - level) * rule[0])
     else:
         p = tl.exp2(s * rule[0] - level)
-    if visible is not None:
+    if EDGE or FORM.masked:
         p = tl.where(visible, p, 0.0)
     weights = p
     if FORM.dropout:
         weights = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * drop_scale, 0.0)
     ds = p * (dp - delta)
-    if derivative is not None:
+    if FORM.softcap and not OF_BIAS:
         ds = ds * derivative
-    if visible is not None:
+    if EDGE or FORM.masked:
         ds = tl.where(visible, ds, 0.0)
     return weights, ds, visible
 
@@ -129,12 +130,12 @@ def key_tiles(kt, vt, q, do, rows, at, i0, i, j, slab, j0, offsets, size, side, 
     qk = tl.dot(kt, tl.trans(qt), input_precision=FORM.precision)
     dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim, FORM.block_dv, EDGE)
     dp = tl.dot(vt, tl.trans(dot), input_precision=FORM.precision)
-    keep = None
+    keep = False
     if FORM.dropout:
         keep = tl.trans(kept(keys, slab, i, j0, threshold, BLOCK_N))
     weights, ds, visible = pair_gradients(
-        qk, dp, keep, i[None, :], j[:, None], level[None, :], delta[None, :], offsets, size, side,
-        rule, drop_scale, FORM, EDGE
+        qk, dp, keep, tl.arange(0, BLOCK_M)[None, :], j[:, None], i0, 0, level[None, :],
+        delta[None, :], offsets, size, side, rule, drop_scale, False, FORM, EDGE
     )  # fmt: skip
     return weights, ds, visible, qt, dot
 
@@ -153,7 +154,7 @@ def gather_queries(dk, dv, kt, vt, q, do, rows, begin, end, j0, b, head, heads, 
         i0 = tl.multiple_of(i0, BLOCK_M)
         i = i0 + tl.arange(0, BLOCK_M)
         offsets = open_sides(b, head, i, bias_strides, mask_strides, slopes, 0, FORM)
-        weights, ds, _, qt, dot = key_tiles(
+        weights, ds, visible, qt, dot = key_tiles(
             kt, vt, q, do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule, drop, FORM,
             EDGE, BLOCK_M, BLOCK_N
         )  # fmt: skip
@@ -169,7 +170,8 @@ def gather_carefully(result, result_stride, scale, kt, vt, q, do, rows, begin, e
     """Overwrite the block's rows of dv (OF_V) or dk with what `gather_queries` gives, had hidden
     rows of do and q been finite; a few columns at a time. q, do: whole tensors."""
     bias_strides, mask_strides, slopes = strides
-    q_len, kv_len, _, _, _ = size
+    q_len = size[0]
+    kv_len = size[1]
     j = j0 + tl.arange(0, BLOCK_N)
     width: tl.constexpr = FORM.block_dv if OF_V else FORM.block_d
     cols: tl.constexpr = FORM.value_dim if OF_V else FORM.head_dim
@@ -182,20 +184,20 @@ def gather_carefully(result, result_stride, scale, kt, vt, q, do, rows, begin, e
             at = tl.cast(slab, tl.int64) * q_len
             of_q = open_head(b, head, q)
             of_do = open_head(b, head, do)
-            for i0 in range(begin, end, BLOCK_M):
+            for i0 in tl.range(begin, end, BLOCK_M, num_stages=1):
                 i = i0 + tl.arange(0, BLOCK_M)
                 offsets = open_sides(b, head, i, bias_strides, mask_strides, slopes, 0, FORM)
-                weights, ds, visible, _, _ = key_tiles(
+                weights, ds, visible, qt, dot = key_tiles(
                     kt, vt, of_q, of_do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule,
                     drop, FORM, True, BLOCK_M, BLOCK_N
                 )  # fmt: skip
-                visible = visible & (i < q_len)[None, :]
                 base, stride = of_q
                 if OF_V:
                     base, stride = of_do
                     ds = weights
                 met = load_columns(base, i0, stride, q_len, column, cols, BLOCK_M,
                                    CAREFUL_COLUMNS)  # fmt: skip
+                visible = visible & (i < q_len)[None, :]
                 ds = tl.where(visible, ds, 0.0)
                 totals = careful_sum(totals, ds, visible, met, FORM.precision)
         store_rows(result, j0, result_stride, kv_len, column, cols,
@@ -272,7 +274,7 @@ def attention_bwd_keys(
     side = (bias, bias_stride_j, mask, mask_stride_j, key_mask)
     factor = LOG2E if FORM.natural else scale * LOG2E
     rule = (factor, scale, softcap)
-    drop = (None, threshold, drop_scale)
+    drop = (seed, threshold, drop_scale)
     if FORM.dropout:
         drop = (load_keys(seed), threshold, drop_scale)
     strides = ((bias_stride_b, bias_stride_h, bias_stride_i),
@@ -288,8 +290,10 @@ def attention_bwd_keys(
     of_q = (q, q_stride_b, q_stride_h, q_stride_s)
     of_do = (dout, dout_stride_b, dout_stride_h, dout_stride_s)
     rows = (level, delta)
-    sum_k = tl.zeros([BLOCK_N, FORM.block_d], tl.float32)
-    sum_v = tl.zeros([BLOCK_N, FORM.block_dv], tl.float32)
+    width: tl.constexpr = FORM.block_d
+    value_width: tl.constexpr = FORM.block_dv
+    sum_k = tl.zeros([BLOCK_N, width], tl.float32)
+    sum_v = tl.zeros([BLOCK_N, value_width], tl.float32)
     for n in range(group):
         head = kv_head * group + n
         head_q = open_head(b, head, of_q)

@@ -8,6 +8,7 @@ import triton.language as tl
 from llmkern.backends.triton.attention_bwd_kernels import load_levels, pair_gradients
 from llmkern.backends.triton.attention_mask_kernels import (
     CAREFUL_COLUMNS,
+    CAREFUL_KEYS,
     LOG2E,
     band,
     careful_result,
@@ -25,7 +26,8 @@ from llmkern.backends.triton.philox_kernels import load_keys
 
 @triton.jit
 def query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side, rule, drop,
-                FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                OF_BIAS: tl.constexpr, FORM: tl.constexpr, EDGE: tl.constexpr,
+                BLOCK_N: tl.constexpr):  # fmt: skip
     """(ds [BLOCK_M, BLOCK_N], visible, the rows of k) of the block of keys j0."""
     kv_len = size[1]
     level, delta = row
@@ -36,13 +38,12 @@ def query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side, rule, drop
     vt = load_rows(v_base, j0, v_stride, kv_len, BLOCK_N, FORM.value_dim, FORM.block_dv, EDGE)
     qk = tl.dot(qt, tl.trans(kt), input_precision=FORM.precision)
     dp = tl.dot(dot, tl.trans(vt), input_precision=FORM.precision)
-    keep = None
+    keep = False
     if FORM.dropout:
         keep = kept(keys, slab, i, j0, threshold, BLOCK_N)
-    j = j0 + tl.arange(0, BLOCK_N)
     _, ds, visible = pair_gradients(
-        qk, dp, keep, i[:, None], j[None, :], level[:, None], delta[:, None], offsets, size, side,
-        rule, drop_scale, FORM, EDGE
+        qk, dp, keep, i[:, None], tl.arange(0, BLOCK_N)[None, :], 0, j0, level[:, None],
+        delta[:, None], offsets, size, side, rule, drop_scale, OF_BIAS, FORM, EDGE
     )  # fmt: skip
     return ds, visible, kt
 
@@ -53,27 +54,27 @@ def gather_keys(dq, qt, dot, k, v, row, begin, end, i, slab, offsets, size, side
     """dq (but for scale) of a block of queries, brought forward over the keys begin .. end."""
     for j0 in range(begin, end, BLOCK_N):
         j0 = tl.multiple_of(j0, BLOCK_N)
-        ds, _, kt = query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side, rule, drop,
-                                FORM, EDGE, BLOCK_N)  # fmt: skip
+        ds, visible, kt = query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side, rule, drop,
+                                False, FORM, EDGE, BLOCK_N)  # fmt: skip
         dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=FORM.precision)
     return dq
 
 
 @triton.jit
 def gather_keys_carefully(dq, dq_stride, i0, scale, qt, dot, k, v, row, begin, end, i, slab,
-                          offsets, size, side, rule, drop, FORM: tl.constexpr,
-                          BLOCK_N: tl.constexpr):  # fmt: skip
+                          offsets, size, side, rule, drop, FORM: tl.constexpr):  # fmt: skip
     """Overwrite the block's rows of dq with what `gather_keys` gives, had hidden rows of k been
     finite; a few columns at a time."""
-    q_len, kv_len, _, _, _ = size
+    q_len = size[0]
+    kv_len = size[1]
     k_base, k_stride = k
     for column in range(0, FORM.block_d, CAREFUL_COLUMNS):
         zero = tl.zeros([qt.shape[0], CAREFUL_COLUMNS], tl.float32)
         totals = (zero, zero, zero)
-        for j0 in range(begin, end, BLOCK_N):
-            ds, visible, _ = query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side,
-                                         rule, drop, FORM, True, BLOCK_N)  # fmt: skip
-            met = load_columns(k_base, j0, k_stride, kv_len, column, FORM.head_dim, BLOCK_N,
+        for j0 in tl.range(begin, end, CAREFUL_KEYS, num_stages=1):
+            ds, visible, kt = query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side,
+                                         rule, drop, False, FORM, True, CAREFUL_KEYS)  # fmt: skip
+            met = load_columns(k_base, j0, k_stride, kv_len, column, FORM.head_dim, CAREFUL_KEYS,
                                CAREFUL_COLUMNS)  # fmt: skip
             totals = careful_sum(totals, ds, visible, met, FORM.precision)
         store_rows(dq, i0, dq_stride, q_len, column, FORM.head_dim,
@@ -150,7 +151,7 @@ def attention_bwd_queries(
     side = (bias, bias_stride_j, mask, mask_stride_j, key_mask)
     factor = LOG2E if FORM.natural else scale * LOG2E
     rule = (factor, scale, softcap)
-    drop = (None, threshold, drop_scale)
+    drop = (seed, threshold, drop_scale)
     if FORM.dropout:
         drop = (load_keys(seed), threshold, drop_scale)
     strides = ((bias_stride_b, bias_stride_h, bias_stride_i),
@@ -165,7 +166,8 @@ def attention_bwd_queries(
     values = open_head(b, kv_head, (v, v_stride_b, v_stride_h, v_stride_s))
     begin, full_begin, full_end, end = band(i0, tl.minimum(i0 + BLOCK_M, q_len) - 1, kv_len, shift,
                                             left, right, FORM.left, FORM.right, BLOCK_N)  # fmt: skip
-    acc = tl.zeros([BLOCK_M, FORM.block_d], tl.float32)
+    width: tl.constexpr = FORM.block_d
+    acc = tl.zeros([BLOCK_M, width], tl.float32)
     if FORM.left:
         acc = gather_keys(acc, qt, dot, keys, values, row, begin, full_begin, i, slab, offsets,
                           size, side, rule, drop, FORM, True, BLOCK_N)  # fmt: skip
@@ -179,5 +181,4 @@ def attention_bwd_queries(
     if FORM.hides:
         if not_finite(tl.where((i < q_len)[:, None], acc, 0.0)) != 0.0:
             gather_keys_carefully(dq_base, dq_stride, i0, scale, qt, dot, keys, values, row, begin,
-                                  end, i, slab, offsets, size, side, rule, drop, FORM,
-                                  BLOCK_N)  # fmt: skip
+                                  end, i, slab, offsets, size, side, rule, drop, FORM)

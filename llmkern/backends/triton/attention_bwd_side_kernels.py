@@ -103,7 +103,7 @@ def attention_bwd_bias(
     first_b, last_b = one_or_all(place // count_h, 1, batch, WIDE.b)
     size = (q_len, kv_len, shift, left, right)
     factor = LOG2E
-    drop = (None, threshold, drop_scale)
+    drop = (seed, threshold, drop_scale)
     if FORM.dropout:
         drop = (load_keys(seed), threshold, drop_scale)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -132,12 +132,12 @@ def attention_bwd_bias(
                 dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim,
                                 FORM.block_dv, True)  # fmt: skip
                 row = load_levels((level, delta), tl.cast(slab, tl.int64) * q_len, i, q_len, True)
-                begin, _, _, end = band(i0, tl.minimum(i0 + BLOCK_M, q_len) - 1, kv_len, shift,
+                begin, full_begin, full_end, end = band(i0, tl.minimum(i0 + BLOCK_M, q_len) - 1, kv_len, shift,
                                         left, right, FORM.left, FORM.right, BLOCK_N)  # fmt: skip
                 for j0 in range(tl.maximum(begin, first_j), tl.minimum(end, last_j), BLOCK_N):
-                    ds, _, _ = query_tiles(qt, dot, keys, values, row, j0, i, slab, offsets, size,
-                                           side, (factor, scale, softcap), drop, FORM, True,
-                                           BLOCK_N)  # fmt: skip
+                    ds, visible, kt = query_tiles(qt, dot, keys, values, row, j0, i, slab, offsets, size,
+                                           side, (factor, scale, softcap), drop, True, FORM,
+                                           True, BLOCK_N)  # fmt: skip
                     acc += tl.where((i < q_len)[:, None], ds, 0.0)
     at = dbias + (place % count_h).to(tl.int64) * dbias_stride_h
     at += (place // count_h).to(tl.int64) * dbias_stride_b

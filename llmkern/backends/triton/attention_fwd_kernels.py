@@ -12,6 +12,7 @@ import triton.language as tl
 
 from llmkern.backends.triton.attention_mask_kernels import (
     CAREFUL_COLUMNS,
+    CAREFUL_KEYS,
     INFINITY,
     LN2,
     LOG2E,
@@ -82,10 +83,11 @@ def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
         j0 = tl.multiple_of(j0, BLOCK_N)
         kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, EDGE)
         qk = tl.dot(q, tl.trans(kt), input_precision=FORM.precision)
-        j = j0 + tl.arange(0, BLOCK_N)
-        s, visible, _ = tile_scores(qk, i[:, None], j[None, :], bias_rows, mask_rows, slope, size,
-                                    side, rule, FORM, EDGE)  # fmt: skip
-        if visible is not None:
+        s, visible, derivative = tile_scores(
+            qk, i[:, None], tl.arange(0, BLOCK_N)[None, :], 0, j0, bias_rows, mask_rows, slope,
+            size, side, rule, FORM, EDGE
+        )  # fmt: skip
+        if EDGE or FORM.masked:
             s = tl.where(visible, s, -INFINITY)
         higher = tl.maximum(top, tl.max(s, 1))
         least = tl.where(higher == -INFINITY, 0.0, higher)  # never inf - inf
@@ -103,7 +105,7 @@ def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
 
 @triton.jit
 def attend_carefully(out, out_rows, live, scale, lse, q, k, v, begin, end, i, slab, offsets, size,
-                     side, rule, drop, FORM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                     side, rule, drop, FORM: tl.constexpr):  # fmt: skip
     """Overwrite the program's rows of `out`: what `attend` gives, had hidden rows of v been finite.
     A few columns at a time, for which the weights are computed again."""
     k_base, k_stride = k
@@ -115,17 +117,18 @@ def attend_carefully(out, out_rows, live, scale, lse, q, k, v, begin, end, i, sl
     for column in range(0, FORM.block_dv, CAREFUL_COLUMNS):
         zero = tl.zeros([q.shape[0], CAREFUL_COLUMNS], tl.float32)
         totals = (zero, zero, zero)
-        for j0 in range(begin, end, BLOCK_N):
-            kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, True)
+        for j0 in tl.range(begin, end, CAREFUL_KEYS, num_stages=1):
+            kt = load_rows(k_base, j0, k_stride, kv_len, CAREFUL_KEYS, FORM.head_dim, FORM.block_d, True)
             qk = tl.dot(q, tl.trans(kt), input_precision=FORM.precision)
-            j = j0 + tl.arange(0, BLOCK_N)
-            s, visible, _ = tile_scores(qk, i[:, None], j[None, :], bias_rows, mask_rows, slope,
-                                        size, side, rule, FORM, True)  # fmt: skip
+            s, visible, derivative = tile_scores(
+                qk, i[:, None], tl.arange(0, CAREFUL_KEYS)[None, :], 0, j0, bias_rows, mask_rows, slope,
+                size, side, rule, FORM, True
+            )  # fmt: skip
             p = exponential(s, least[:, None], rule, FORM)
             if FORM.dropout:
-                p = tl.where(kept(keys, slab, i, j0, threshold, BLOCK_N), p, 0.0)
+                p = tl.where(kept(keys, slab, i, j0, threshold, CAREFUL_KEYS), p, 0.0)
             p = tl.where(visible, p, 0.0)
-            vt = load_columns(v_base, j0, v_stride, kv_len, column, FORM.value_dim, BLOCK_N,
+            vt = load_columns(v_base, j0, v_stride, kv_len, column, FORM.value_dim, CAREFUL_KEYS,
                               CAREFUL_COLUMNS)  # fmt: skip
             totals = careful_sum(totals, p, visible, vt, FORM.precision)
         c = column + tl.arange(0, CAREFUL_COLUMNS)
@@ -213,7 +216,7 @@ def attention_fwd(
     if FORM.natural:
         factor, unit = LOG2E, 1.0
     rule = (factor, scale, softcap)
-    drop = (None, None)
+    drop = (seed, threshold)
     if FORM.dropout:
         drop = (load_keys(seed), threshold)
     begin, full_begin, full_end, end = band(first, last, kv_len, shift, left, right, FORM.left,
@@ -224,12 +227,13 @@ def attention_fwd(
         end = tl.minimum(end, (part + 1) * chunk)
         full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
         full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
+    width: tl.constexpr = FORM.block_dv
     top = tl.full([BLOCK_M], -INFINITY, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if FORM.sinks:
         top = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
         total = tl.where(top == -INFINITY, 0.0, 1.0)
-    state = (tl.zeros([BLOCK_M, FORM.block_dv], tl.float32), top, total)
+    state = (tl.zeros([BLOCK_M, width], tl.float32), top, total)
     if FORM.left:
         state = attend(state, tile_q, keys, values, begin, full_begin, i, slab, offsets, size,
                        side, rule, drop, FORM, True, BLOCK_N)  # fmt: skip
@@ -254,5 +258,4 @@ def attention_fwd(
     if FORM.hides:
         if not_finite(tl.where(live[:, None], acc, 0.0)) != 0.0:
             attend_carefully(out, out_rows, live, drop_scale, row_lse / unit, tile_q, keys, values,
-                             begin, end, i, slab, offsets, size, side, rule, drop, FORM,
-                             BLOCK_N)  # fmt: skip
+                             begin, end, i, slab, offsets, size, side, rule, drop, FORM)

@@ -2,8 +2,9 @@
 meets, what a tile's scores are and which pairs are visible, tile loads, sums that hidden NaN does
 not reach. Formula: csrc/include/llmkern/attention.h.
 
-Index tensors i (queries) and j (keys) are int32 and broadcast against each other, so one function
-serves S [M, N] with i [M, 1], j [1, N] and its transpose with i [1, M], j [N, 1].
+Index tensors i (queries) and j (keys) are int32, count from scalars i0 and j0, and broadcast against
+each other, so one function serves S [M, N] with i [M, 1], j [1, N] and its transpose with i [1, M],
+j [N, 1]. What does not move in a loop counts from 0.
 
 FORM is tiles_attention.Form: what the call has, as compile-time facts. Tuples that go together:
     size = (q_len, kv_len, shift, left, right), int32
@@ -21,7 +22,9 @@ from llmkern.backends.triton.philox_kernels import attention_keep
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
-CAREFUL_COLUMNS = tl.constexpr(32)  # three accumulators of this width fit beside the operands
+# The careful passes take little at a time: what they need then fits beside what waits for them.
+CAREFUL_COLUMNS = tl.constexpr(16)
+CAREFUL_KEYS = tl.constexpr(32)
 
 
 @triton.jit
@@ -79,10 +82,10 @@ def open_head(b, head, tensor):
 @triton.jit
 def open_sides(b, head, i, bias, mask, slopes, AXIS: tl.constexpr, FORM: tl.constexpr):
     """(bias_rows, mask_rows, slope) of queries i [M] of `head` (or of head [M]), spread along AXIS
-    of a tile; None for what the call has not."""
-    bias_rows = None
-    mask_rows = None
-    slope = None
+    of a tile; 0 for what the call has not."""
+    bias_rows = 0
+    mask_rows = 0
+    slope = 0.0
     b = tl.cast(b, tl.int64)
     head = i * 0 + tl.cast(head, tl.int64)
     if FORM.bias:
@@ -134,18 +137,34 @@ def tanh(x, SHARP: tl.constexpr):
 
 
 @triton.jit
-def _both(visible, also):
-    if visible is None:
-        return also
+def in_band(i, j, i0, j0, size, FORM: tl.constexpr):
+    """Is key j0 + j there and in the window of query i0 + i. The scalars go to the index that is a
+    column of the tile: comparing two invariant tiles with a moving scalar makes LLVM vectorise the
+    comparisons, and unpack 64 bits one by one."""
+    q_len, kv_len, shift, left, right = size
+    if i.shape[1] == 1:
+        last = i * 0 + (kv_len - 1 - j0)
+        if FORM.right:
+            last = tl.minimum(i + (i0 + shift + right - j0), last)
+        visible = j <= last
+        if FORM.left:
+            visible = visible & (j >= i + (i0 + shift - left - j0))
     else:
-        return visible & also
+        first = j * 0 - i0
+        if FORM.right:
+            first = j + (j0 - shift - right - i0)
+        visible = i >= tl.where(j < kv_len - j0, first, q_len - i0)
+        if FORM.left:
+            visible = visible & (i <= j + (j0 - shift + left - i0))
+    return visible
 
 
 @triton.jit
-def tile_scores(qk, i, j, bias_rows, mask_rows, slope, size, side, rule, FORM: tl.constexpr,
-                EDGE: tl.constexpr):  # fmt: skip
-    """(scores, visible, derivative of softcap) of a tile of dot products; the latter two are None
-    where all pairs are visible, or without softcap. Hidden scores can be anything, NaN included.
+def tile_scores(qk, i, j, i0, j0, bias_rows, mask_rows, slope, size, side, rule,
+                FORM: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """(scores, visible, derivative of softcap) of a tile of dot products, queries i0 + i and keys
+    j0 + j. Hidden scores can be anything, NaN included. Nothing is to be done with visible if
+    neither EDGE nor FORM.masked, nor with the derivative without FORM.softcap.
 
     bias_rows, mask_rows: int64, offset of each query's row of bias and mask; slope: of each query.
     EDGE: the tile may reach over the band or over the last key.
@@ -154,35 +173,30 @@ def tile_scores(qk, i, j, bias_rows, mask_rows, slope, size, side, rule, FORM: t
     bias, bias_stride_j, mask, mask_stride_j, key_mask = side
     factor, scale, softcap = rule
     s = qk
-    visible = None
-    derivative = None
+    derivative = qk
     if FORM.softcap:
         capped = tanh(qk * (scale / softcap), FORM.sharp)
         derivative = 1.0 - capped * capped
         s = capped * softcap
     elif FORM.natural:
         s = qk * scale
+    inside = i < q_len - i0
+    visible = inside
     if EDGE:
-        last = i * 0 + (kv_len - 1)
-        if FORM.right:
-            last = tl.minimum(i + (shift + right), last)
-        visible = j <= last
-        if FORM.left:
-            visible = visible & (j >= i + (shift - left))
-    inside = i < q_len
-    if EDGE:
-        inside = inside & (j < kv_len)
+        inside = inside & (j < kv_len - j0)
+        visible = in_band(i, j, i0, j0, size, FORM)
+    at = j.to(tl.int64) + j0
     if FORM.bias:
-        b = tl.load(bias + bias_rows + j.to(tl.int64) * bias_stride_j, mask=inside, other=0.0)
+        b = tl.load(bias + bias_rows + at * bias_stride_j, mask=inside, other=0.0)
         s = s + b
-        visible = _both(visible, b != -INFINITY)
+        visible = visible & (b != -INFINITY)
     if FORM.slopes:
-        s = s - slope * tl.abs(j - i - shift).to(tl.float32)
+        s = s - slope * tl.abs(j - i + (j0 - i0 - shift)).to(tl.float32)
     if FORM.mask:
-        m = tl.load(mask + mask_rows + j.to(tl.int64) * mask_stride_j, mask=inside, other=0)
-        visible = _both(visible, m != 0)
+        m = tl.load(mask + mask_rows + at * mask_stride_j, mask=inside, other=0)
+        visible = visible & (m != 0)
     if FORM.key_mask:
-        visible = _both(visible, tl.load(key_mask + j, mask=j < kv_len, other=0) != 0)
+        visible = visible & (tl.load(key_mask + at, mask=at < kv_len, other=0) != 0)
     return s, visible, derivative
 
 

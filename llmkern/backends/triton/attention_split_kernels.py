@@ -38,7 +38,8 @@ def attention_combine(
     if FORM.sinks:
         top = tl.load(sinks + head, mask=live, other=0.0)
         total = tl.where(top == -INFINITY, 0.0, 1.0)
-    acc = tl.zeros([BLOCK_R, FORM.block_dv], tl.float32)
+    width: tl.constexpr = FORM.block_dv
+    acc = tl.zeros([BLOCK_R, width], tl.float32)
     for n in range(parts):
         at = tl.cast(n, tl.int64) * rows + r
         part = tl.load(part_lse + at, mask=live, other=-INFINITY)

@@ -18,6 +18,7 @@ class Form(NamedTuple):
     right: bool  # some query's window ends before the last key
     right_edge: bool  # blocks at the right need a mask: right, or a last block that is not full
     tail_edge: bool  # the same of the last blocks of queries that a block of keys meets
+    masked: bool  # bias, mask or key_mask: any pair may be hidden
     hides: bool  # some pair of existing query and key may be hidden
     bias: bool
     mask: bool
@@ -97,6 +98,7 @@ def form(spec: AttentionSpec, precision: str) -> Form:
         right=right,
         right_edge=right or spec.kv_len % LARGEST_BLOCK != 0,
         tail_edge=left or spec.q_len % LARGEST_BLOCK != 0 or spec.kv_len % LARGEST_BLOCK != 0,
+        masked=masked,
         hides=left or right or masked,
         bias=spec.bias,
         mask=spec.mask,
@@ -150,7 +152,7 @@ def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
 
 # Backward, by blocks of keys (block_n keys stay, block_m queries pass) ...
 _KEYS = {
-    (80, 2): {64: Tile(32, 128, 4, 3), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
+    (80, 2): {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
     (86, 2): {64: Tile(32, 128, 4, 3), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
     (90, 2): {64: Tile(32, 128, 4, 3), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
     (100, 2): {64: Tile(32, 128, 4, 3), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
@@ -161,7 +163,7 @@ _KEYS = {
 }
 # ... and by blocks of queries (block_m queries stay, block_n keys pass).
 _QUERIES = {
-    (80, 2): {64: Tile(128, 32, 4, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    (80, 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
     (86, 2): {64: Tile(128, 32, 4, 3), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     (90, 2): {64: Tile(128, 32, 4, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
     (100, 2): {64: Tile(128, 32, 4, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
