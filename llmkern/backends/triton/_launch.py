@@ -36,6 +36,25 @@ class Compilation(NamedTuple):
     divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
 
 
+def compilation(
+    name: str,
+    kernel: Callable,
+    types: dict[str, str | None],
+    flags: dict[str, object],
+    num_warps: int,
+    divisible: tuple[str, ...] = (),
+) -> Compilation:
+    """`types` names the kernel's arguments in their order, None for one that is not passed;
+    `flags` the constexprs, which come last. Pointers are taken to be multiples of 16."""
+    signature = {name: kind or "constexpr" for name, kind in types.items()}
+    signature |= dict.fromkeys(flags, "constexpr")
+    absent = {name: None for name, kind in types.items() if kind is None}
+    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    return Compilation(
+        name, kernel, signature, absent | flags, num_warps, 1, pointers + tuple(divisible)
+    )
+
+
 @functools.cache
 def version() -> str | None:
     """Triton's version, or None where it is not installed."""
@@ -58,6 +77,11 @@ def unavailable(device: str) -> str | None:
     if device == "cuda" or (device == "cpu" and (target.emulated() or interpreted())):
         return None
     return f"it serves cuda tensors, and {device} ones only under llmkern.emulator.device"
+
+
+def unsupported(dtype: torch.dtype) -> str | None:
+    """Why no kernel takes the dtype; None if it does."""
+    return "its kernels compute in float32, not in float64" if dtype == torch.float64 else None
 
 
 def capability(device: torch.device) -> int:

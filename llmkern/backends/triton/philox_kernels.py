@@ -30,9 +30,11 @@ def _by_eights(w0, w1, w2, w3):
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., G, 2, 2]: word 2 a + b at [a, b]
     decisions = tl.join(words << 16, words)  # the low half of a word is its first decision
     if len(w0.shape) == 1:
-        return tl.reshape(decisions, [w0.shape[0] * 8])
-    tl.static_assert(len(w0.shape) == 2, "groups must be a vector or a matrix")
-    return tl.reshape(decisions, [w0.shape[0], w0.shape[1] * 8])
+        decisions = tl.reshape(decisions, [w0.shape[0] * 8])
+    else:
+        tl.static_assert(len(w0.shape) == 2, "groups must be a vector or a matrix")
+        decisions = tl.reshape(decisions, [w0.shape[0], w0.shape[1] * 8])
+    return decisions
 
 
 @triton.jit
