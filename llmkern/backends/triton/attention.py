@@ -1,12 +1,16 @@
 """Attention: attention_*_kernels.py. Contract: backends/reference/attention.py."""
 
+import importlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from llmkern import random
 from llmkern.backends.triton import _launch
 from llmkern.backends.triton import tiles_attention as tiles
-from llmkern.specs import AttentionSpec
+from llmkern.backends.triton._launch import Compilation, compilation
+from llmkern.specs import UNBOUNDED, AttentionSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 256  # at most: the accumulators of a tile must fit in registers
@@ -140,9 +144,7 @@ def _forward_in_parts(spec, inputs, sinks, out, lse, chunk):
 
     parts = -(-spec.kv_len // chunk)
     rows = spec.batch * spec.heads * spec.q_len
-    part_out = torch.empty(
-        parts, *out.shape, dtype=torch.float32, device=out.device
-    )
+    part_out = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(parts, rows, dtype=torch.float32, device=out.device)
     _launch_forward(spec, inputs, None, part_out[0], part_lse, chunk)
     shape = tiles.form(spec, _precision())
@@ -311,3 +313,107 @@ def _launch_sinks(spec, sinks, lse, delta, dsinks):
             spec.q_len,
             BLOCK=tiles.SINK_BLOCK,
         )
+
+
+def compilations(capability: int) -> Iterator[Compilation]:
+    """Every kernel in the forms that 2048 queries and keys take, by head dim and dtype."""
+    causal = dict(right=0)
+    everything = dict(right=0, left=512, dropout_p=0.1, softcap=30.0, bias=True, mask=True,
+                      key_mask=True, slopes=True, sinks=True)  # fmt: skip
+    for dim in (64, 96, 128, 256):
+        for dtype in DTYPES:
+            yield from _forms(_example(dtype, dim, **causal), "causal", capability)
+    yield from _forms(_example(torch.bfloat16, 128), "full", capability)
+    yield from _forms(_example(torch.bfloat16, 64, **causal, dropout_p=0.1), "dropout", capability)
+    yield from _forms(_example(torch.bfloat16, 64, **everything), "everything", capability)
+    yield from _forms(_example(torch.float32, 64, **everything), "everything", capability)
+    decode = _example(torch.bfloat16, 128, **causal, shift=2047, q_len=1, kv_heads=2)
+    yield _forward_form(decode, "decode", capability)
+    yield _combine_form(decode)
+
+
+def _example(dtype: torch.dtype, head_dim: int, **changes) -> AttentionSpec:
+    plain = AttentionSpec(
+        dtype, "cuda", 2, 8, 8, 2048, 2048, head_dim, head_dim, head_dim**-0.5, 0.0, 0, UNBOUNDED,
+        UNBOUNDED, 0.0, False, False, False, False, False)  # fmt: skip
+    return plain._replace(**changes)
+
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_SIDES = ("bias", "mask", "key_mask", "slopes")
+
+
+def _typed(
+    spec: AttentionSpec, first: dict, last: tuple[str, ...], counts: str
+) -> tuple[dict[str, str | None], tuple[str, ...]]:
+    """(the arguments' types, strides): inputs, `first` ones, strides of these and of `last`."""
+    pointer = "*" + _TYPES[spec.dtype]
+    kinds = ("*fp32", "*u8", "*u8", "*fp32")
+    sides = {n: k if getattr(spec, n) else None for n, k in zip(_SIDES, kinds, strict=True)}
+    rows = [f"{name}_stride_{axis}" for name in "qkv" for axis in "bhs"]
+    rows += [f"{name}_stride_{axis}" for name in ("bias", "mask") for axis in "bhij"]
+    rows += ["slopes_stride_b"] + [f"{name}_stride_{axis}" for name in last for axis in "bhs"]
+    types = {"q": pointer, "k": pointer, "v": pointer, **sides, **first}
+    types |= dict.fromkeys(rows, "i32") | dict.fromkeys(counts.split(), "i32")
+    types |= {"scale": "fp32", "softcap": "fp32", "threshold": "i32", "drop_scale": "fp32"}
+    return types, tuple(name for name in rows if not name.endswith("_j"))
+
+
+_COUNTS = "heads kv_heads q_len kv_len shift left right"
+
+
+def _form_of(name, kernel, spec, typed, tile, shape) -> Compilation:
+    flags = {"FORM": shape, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    form = compilation(name, kernel, typed[0], flags, tile.num_warps, typed[1])
+    contiguous = {"bias_stride_j": 1, "mask_stride_j": 1}
+    return form._replace(
+        num_stages=tile.num_stages,
+        signature=form.signature | dict.fromkeys(contiguous, "constexpr"),
+        constexprs=form.constexprs | contiguous,
+    )
+
+
+def _forward_form(spec: AttentionSpec, kind: str, capability: int) -> Compilation:
+    from_module = "llmkern.backends.triton.attention_fwd_kernels"
+    shape = tiles.form(spec, "tf32")._replace(sinks=spec.sinks and not tiles.pick_chunk(spec))
+    pointer = "*" + _TYPES[spec.dtype]
+    first = {"sinks": "*fp32" if shape.sinks else None, "seed": "*i64" if shape.dropout else None,
+             "out": "*fp32" if shape.split else pointer, "lse": "*fp32"}  # fmt: skip
+    typed = _typed(spec, first, ("out",), f"{_COUNTS} chunk part_rows")
+    return _form_of(f"attention_fwd D{spec.head_dim} {_TYPES[spec.dtype]} {kind}",
+                    _named(from_module, "attention_fwd"), spec, typed,
+                    tiles.pick_forward(spec, shape, capability), shape)  # fmt: skip
+
+
+def _forms(spec: AttentionSpec, kind: str, capability: int) -> Iterator[Compilation]:
+    yield _forward_form(spec, kind, capability)
+    shape = tiles.form(spec, "tf32")
+    pointer = "*" + _TYPES[spec.dtype]
+    first = {"seed": "*i64" if shape.dropout else None, "dout": pointer, "level": "*fp32",
+             "delta": "*fp32"}  # fmt: skip
+    for kernel, module, outs, pick in (
+        ("attention_bwd_keys", "attention_bwd_kernels", ("dk", "dv"), tiles.pick_keys),
+        ("attention_bwd_queries", "attention_bwd_query_kernels", ("dq",), tiles.pick_queries),
+    ):
+        typed = _typed(spec, first | dict.fromkeys(outs, pointer), ("dout", *outs), _COUNTS)
+        yield _form_of(f"{kernel} D{spec.head_dim} {_TYPES[spec.dtype]} {kind}",
+                       _named(f"llmkern.backends.triton.{module}", kernel), spec, typed,
+                       pick(spec, shape, capability), shape)  # fmt: skip
+
+
+def _named(module: str, kernel: str):
+    return lambda: getattr(importlib.import_module(module), kernel)
+
+
+def _combine_form(spec: AttentionSpec) -> Compilation:
+    shape = tiles.form(spec, "tf32")
+    tile = tiles.pick_rows(shape)
+    types = {"part_out": "*fp32", "part_lse": "*fp32", "sinks": None, "out": "*bf16",
+             "lse": "*fp32", "out_stride_b": "i32", "out_stride_h": "i32", "out_stride_s": "i32",
+             "heads": "i32", "q_len": "i32", "rows": "i32", "parts": "i32"}  # fmt: skip
+    divisible = ("out_stride_b", "out_stride_h", "out_stride_s")
+    return compilation("attention_combine D128 bf16",
+                       _named("llmkern.backends.triton.attention_split_kernels",
+                              "attention_combine"), types,
+                       {"FORM": shape, "BLOCK_R": tile.block_m}, tile.num_warps,
+                       divisible)  # fmt: skip

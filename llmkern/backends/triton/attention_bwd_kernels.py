@@ -145,18 +145,20 @@ def gather_queries(dk, dv, kt, vt, q, do, rows, begin, end, j0, b, head, heads, 
                    side, rule, drop, FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr):  # fmt: skip
     """dk (but for scale) and dv (but for drop_scale) of a block of keys, brought forward over the
-    queries begin .. end of one head."""
+    queries begin .. end of one head. q, do: whole tensors."""
     bias_strides, mask_strides, slopes = strides
     slab = b * heads + head
     at = tl.cast(slab, tl.int64) * size[0]
+    of_q = open_head(b, head, q)
+    of_do = open_head(b, head, do)
     j = j0 + tl.arange(0, BLOCK_N)
     for i0 in range(begin, end, BLOCK_M):
         i0 = tl.multiple_of(i0, BLOCK_M)
         i = i0 + tl.arange(0, BLOCK_M)
         offsets = open_sides(b, head, i, bias_strides, mask_strides, slopes, 0, FORM)
         weights, ds, visible, qt, dot = key_tiles(
-            kt, vt, q, do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule, drop, FORM,
-            EDGE, BLOCK_M, BLOCK_N
+            kt, vt, of_q, of_do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule, drop,
+            FORM, EDGE, BLOCK_M, BLOCK_N
         )  # fmt: skip
         dv = tl.dot(weights.to(dot.dtype), dot, dv, input_precision=FORM.precision)
         dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=FORM.precision)
@@ -277,39 +279,40 @@ def attention_bwd_keys(
     drop = (seed, threshold, drop_scale)
     if FORM.dropout:
         drop = (load_keys(seed), threshold, drop_scale)
-    strides = ((bias_stride_b, bias_stride_h, bias_stride_i),
-               (mask_stride_b, mask_stride_h, mask_stride_i), (slopes, slopes_stride_b))  # fmt: skip
+    strides = (
+        (bias_stride_b, bias_stride_h, bias_stride_i),
+        (mask_stride_b, mask_stride_h, mask_stride_i),
+        (slopes, slopes_stride_b),
+    )
     k_base, k_stride = open_head(b, kv_head, (k, k_stride_b, k_stride_h, k_stride_s))
     v_base, v_stride = open_head(b, kv_head, (v, v_stride_b, v_stride_h, v_stride_s))
     kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, True)
     vt = load_rows(v_base, j0, v_stride, kv_len, BLOCK_N, FORM.value_dim, FORM.block_dv, True)
-    begin, full_begin, full_end, end = band(j0, tl.minimum(j0 + BLOCK_N, kv_len) - 1, q_len, -shift,
-                                            right, left, FORM.right, FORM.left, BLOCK_M)  # fmt: skip
+    last = tl.minimum(j0 + BLOCK_N, kv_len) - 1
+    begin, full_begin, full_end, end = band(
+        j0, last, q_len, -shift, right, left, FORM.right, FORM.left, BLOCK_M
+    )
     if FORM.tail_edge:
         full_end = tl.where(j0 + BLOCK_N > kv_len, full_begin, full_end)
     of_q = (q, q_stride_b, q_stride_h, q_stride_s)
     of_do = (dout, dout_stride_b, dout_stride_h, dout_stride_s)
     rows = (level, delta)
-    width: tl.constexpr = FORM.block_d
-    value_width: tl.constexpr = FORM.block_dv
-    sum_k = tl.zeros([BLOCK_N, width], tl.float32)
-    sum_v = tl.zeros([BLOCK_N, value_width], tl.float32)
+    sum_k = tl.zeros(kt.shape, tl.float32)
+    sum_v = tl.zeros(vt.shape, tl.float32)
     for n in range(group):
         head = kv_head * group + n
-        head_q = open_head(b, head, of_q)
-        head_do = open_head(b, head, of_do)
         if FORM.right:
             sum_k, sum_v = gather_queries(
-                sum_k, sum_v, kt, vt, head_q, head_do, rows, begin, full_begin, j0, b, head, heads,
+                sum_k, sum_v, kt, vt, of_q, of_do, rows, begin, full_begin, j0, b, head, heads,
                 strides, size, side, rule, drop, FORM, True, BLOCK_M, BLOCK_N
             )  # fmt: skip
         sum_k, sum_v = gather_queries(
-            sum_k, sum_v, kt, vt, head_q, head_do, rows, full_begin, full_end, j0, b, head, heads,
+            sum_k, sum_v, kt, vt, of_q, of_do, rows, full_begin, full_end, j0, b, head, heads,
             strides, size, side, rule, drop, FORM, False, BLOCK_M, BLOCK_N
         )  # fmt: skip
         if FORM.tail_edge:
             sum_k, sum_v = gather_queries(
-                sum_k, sum_v, kt, vt, head_q, head_do, rows, full_end, end, j0, b, head, heads,
+                sum_k, sum_v, kt, vt, of_q, of_do, rows, full_end, end, j0, b, head, heads,
                 strides, size, side, rule, drop, FORM, True, BLOCK_M, BLOCK_N
             )  # fmt: skip
     dk_base, dk_stride = open_head(b, kv_head, (dk, dk_stride_b, dk_stride_h, dk_stride_s))
@@ -319,13 +322,10 @@ def attention_bwd_keys(
     if FORM.hides:
         exists = (j0 + tl.arange(0, BLOCK_N) < kv_len)[:, None]
         if not_finite(tl.where(exists, sum_k, 0.0)) + not_finite(tl.where(exists, sum_v, 0.0)) != 0:
-            gather_carefully(
-                dk_base, dk_stride, scale, kt, vt, of_q, of_do, rows, begin, end, j0, b,
-                kv_head * group, group, heads, strides, size, side, rule, drop, False, FORM,
-                BLOCK_M, BLOCK_N
-            )  # fmt: skip
-            gather_carefully(
-                dv_base, dv_stride, drop_scale, kt, vt, of_q, of_do, rows, begin, end, j0, b,
-                kv_head * group, group, heads, strides, size, side, rule, drop, True, FORM,
-                BLOCK_M, BLOCK_N
-            )  # fmt: skip
+            for of_v in tl.static_range(2):
+                gather_carefully(
+                    dv_base if of_v else dk_base, dv_stride if of_v else dk_stride,
+                    drop_scale if of_v else scale, kt, vt, of_q, of_do, rows, begin, end, j0, b,
+                    kv_head * group, group, heads, strides, size, side, rule, drop, of_v == 1,
+                    FORM, BLOCK_M, BLOCK_N
+                )  # fmt: skip

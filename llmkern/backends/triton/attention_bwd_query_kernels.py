@@ -54,8 +54,8 @@ def gather_keys(dq, qt, dot, k, v, row, begin, end, i, slab, offsets, size, side
     """dq (but for scale) of a block of queries, brought forward over the keys begin .. end."""
     for j0 in range(begin, end, BLOCK_N):
         j0 = tl.multiple_of(j0, BLOCK_N)
-        ds, visible, kt = query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side, rule, drop,
-                                False, FORM, EDGE, BLOCK_N)  # fmt: skip
+        ds, visible, kt = query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side, rule,
+                                      drop, False, FORM, EDGE, BLOCK_N)  # fmt: skip
         dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=FORM.precision)
     return dq
 
@@ -73,7 +73,7 @@ def gather_keys_carefully(dq, dq_stride, i0, scale, qt, dot, k, v, row, begin, e
         totals = (zero, zero, zero)
         for j0 in tl.range(begin, end, CAREFUL_KEYS, num_stages=1):
             ds, visible, kt = query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side,
-                                         rule, drop, False, FORM, True, CAREFUL_KEYS)  # fmt: skip
+                                          rule, drop, False, FORM, True, CAREFUL_KEYS)  # fmt: skip
             met = load_columns(k_base, j0, k_stride, kv_len, column, FORM.head_dim, CAREFUL_KEYS,
                                CAREFUL_COLUMNS)  # fmt: skip
             totals = careful_sum(totals, ds, visible, met, FORM.precision)
@@ -154,8 +154,11 @@ def attention_bwd_queries(
     drop = (seed, threshold, drop_scale)
     if FORM.dropout:
         drop = (load_keys(seed), threshold, drop_scale)
-    strides = ((bias_stride_b, bias_stride_h, bias_stride_i),
-               (mask_stride_b, mask_stride_h, mask_stride_i), (slopes, slopes_stride_b))  # fmt: skip
+    strides = (
+        (bias_stride_b, bias_stride_h, bias_stride_i),
+        (mask_stride_b, mask_stride_h, mask_stride_i),
+        (slopes, slopes_stride_b),
+    )
     offsets = open_sides(b, head, tl.minimum(i, q_len - 1), *strides, 1, FORM)
     q_base, q_stride = open_head(b, head, (q, q_stride_b, q_stride_h, q_stride_s))
     do_base, do_stride = open_head(b, head, (dout, dout_stride_b, dout_stride_h, dout_stride_s))
@@ -164,8 +167,10 @@ def attention_bwd_queries(
     row = load_levels((level, delta), tl.cast(slab, tl.int64) * q_len, i, q_len, True)
     keys = open_head(b, kv_head, (k, k_stride_b, k_stride_h, k_stride_s))
     values = open_head(b, kv_head, (v, v_stride_b, v_stride_h, v_stride_s))
-    begin, full_begin, full_end, end = band(i0, tl.minimum(i0 + BLOCK_M, q_len) - 1, kv_len, shift,
-                                            left, right, FORM.left, FORM.right, BLOCK_N)  # fmt: skip
+    last = tl.minimum(i0 + BLOCK_M, q_len) - 1
+    begin, full_begin, full_end, end = band(
+        i0, last, kv_len, shift, left, right, FORM.left, FORM.right, BLOCK_N
+    )
     width: tl.constexpr = FORM.block_d
     acc = tl.zeros([BLOCK_M, width], tl.float32)
     if FORM.left:
@@ -181,4 +186,5 @@ def attention_bwd_queries(
     if FORM.hides:
         if not_finite(tl.where((i < q_len)[:, None], acc, 0.0)) != 0.0:
             gather_keys_carefully(dq_base, dq_stride, i0, scale, qt, dot, keys, values, row, begin,
-                                  end, i, slab, offsets, size, side, rule, drop, FORM)
+                                  end, i, slab, offsets, size, side, rule, drop,
+                                  FORM)  # fmt: skip

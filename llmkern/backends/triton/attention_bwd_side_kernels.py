@@ -1,7 +1,7 @@
 """Attention backward, the gradients of what stands beside q, k and v: bias and sinks.
 
-    dbias = sum of ds over the dims that bias is broadcast along;  dsink_h = -sum_bi p delta_i, p the
-    sink's probability exp(sink_h - lse_i), as of a key with value 0
+    dbias = sum of ds over the dims that bias is broadcast along
+    dsink_h = -sum_bi exp(sink_h - lse_i) delta_i: the sink is a key with value 0
 
 A program owns a tile of dbias and visits all that was broadcast from it, in order. Formulas and
 pair_gradients: attention_bwd_kernels.py.
@@ -30,6 +30,25 @@ def one_or_all(place, block, length, WIDE: tl.constexpr):
     if WIDE:
         return 0, length
     return place * block, tl.minimum(place * block + block, length)
+
+
+@triton.jit
+def store_sums(at, strides, first_i, first_j, acc, q_len, kv_len, WIDE: tl.constexpr):
+    """Stores a tile of one slab of dbias, summed along the dims that are broadcast."""
+    stride_i, stride_j = strides
+    i = first_i + tl.arange(0, acc.shape[0])
+    j = first_j + tl.arange(0, acc.shape[1])
+    inside = (i < q_len)[:, None] & (j < kv_len)[None, :]
+    if WIDE.j:
+        acc = tl.expand_dims(tl.sum(acc, 1), 1)
+        inside = (i < q_len)[:, None]
+        j = tl.zeros([1], tl.int32)
+    if WIDE.i:
+        acc = tl.expand_dims(tl.sum(acc, 0), 0)
+        inside = tl.sum(inside.to(tl.int32), 0)[None, :] > 0
+        i = tl.zeros([1], tl.int32)
+    at = at + i[:, None].to(tl.int64) * stride_i + j[None, :].to(tl.int64) * stride_j
+    tl.store(at, acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "shift", "left", "right", "threshold", "batch"])
@@ -132,28 +151,19 @@ def attention_bwd_bias(
                 dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim,
                                 FORM.block_dv, True)  # fmt: skip
                 row = load_levels((level, delta), tl.cast(slab, tl.int64) * q_len, i, q_len, True)
-                begin, full_begin, full_end, end = band(i0, tl.minimum(i0 + BLOCK_M, q_len) - 1, kv_len, shift,
-                                        left, right, FORM.left, FORM.right, BLOCK_N)  # fmt: skip
+                last = tl.minimum(i0 + BLOCK_M, q_len) - 1
+                begin, full_begin, full_end, end = band(
+                    i0, last, kv_len, shift, left, right, FORM.left, FORM.right, BLOCK_N
+                )
                 for j0 in range(tl.maximum(begin, first_j), tl.minimum(end, last_j), BLOCK_N):
-                    ds, visible, kt = query_tiles(qt, dot, keys, values, row, j0, i, slab, offsets, size,
-                                           side, (factor, scale, softcap), drop, True, FORM,
-                                           True, BLOCK_N)  # fmt: skip
+                    ds, visible, kt = query_tiles(
+                        qt, dot, keys, values, row, j0, i, slab, offsets, size, side,
+                        (factor, scale, softcap), drop, True, FORM, True, BLOCK_N
+                    )  # fmt: skip
                     acc += tl.where((i < q_len)[:, None], ds, 0.0)
     at = dbias + (place % count_h).to(tl.int64) * dbias_stride_h
     at += (place // count_h).to(tl.int64) * dbias_stride_b
-    i = first_i + tl.arange(0, BLOCK_M)
-    j = first_j + tl.arange(0, BLOCK_N)
-    inside = (i < q_len)[:, None] & (j < kv_len)[None, :]
-    if WIDE.j:
-        acc = tl.expand_dims(tl.sum(acc, 1), 1)
-        inside = (i < q_len)[:, None]
-        j = tl.zeros([1], tl.int32)
-    if WIDE.i:
-        acc = tl.expand_dims(tl.sum(acc, 0), 0)
-        inside = tl.sum(inside.to(tl.int32), 0)[None, :] > 0
-        i = tl.zeros([1], tl.int32)
-    at = at + i[:, None].to(tl.int64) * dbias_stride_i + j[None, :].to(tl.int64) * dbias_stride_j
-    tl.store(at, acc, mask=inside)
+    store_sums(at, (dbias_stride_i, dbias_stride_j), first_i, first_j, acc, q_len, kv_len, WIDE)
 
 
 @triton.jit(do_not_specialize=["batch", "q_len"])

@@ -69,6 +69,18 @@ def open_rows(pid, tiles, q, heads, kv_heads, q_len, FORM: tl.constexpr, BLOCK_M
 
 
 @triton.jit
+def start(sinks, head, live, FORM: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The state before the first key: a sink is a key with value 0."""
+    width: tl.constexpr = FORM.block_dv
+    top = tl.full([BLOCK_M], -INFINITY, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if FORM.sinks:
+        top = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
+        total = tl.where(top == -INFINITY, 0.0, 1.0)
+    return tl.zeros([BLOCK_M, width], tl.float32), top, total
+
+
+@triton.jit
 def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
            FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """state = (sum of p v, row maximum, sum of p), brought forward over the keys begin .. end."""
@@ -118,11 +130,13 @@ def attend_carefully(out, out_rows, live, scale, lse, q, k, v, begin, end, i, sl
         zero = tl.zeros([q.shape[0], CAREFUL_COLUMNS], tl.float32)
         totals = (zero, zero, zero)
         for j0 in tl.range(begin, end, CAREFUL_KEYS, num_stages=1):
-            kt = load_rows(k_base, j0, k_stride, kv_len, CAREFUL_KEYS, FORM.head_dim, FORM.block_d, True)
+            kt = load_rows(
+                k_base, j0, k_stride, kv_len, CAREFUL_KEYS, FORM.head_dim, FORM.block_d, True
+            )
             qk = tl.dot(q, tl.trans(kt), input_precision=FORM.precision)
             s, visible, derivative = tile_scores(
-                qk, i[:, None], tl.arange(0, CAREFUL_KEYS)[None, :], 0, j0, bias_rows, mask_rows, slope,
-                size, side, rule, FORM, True
+                qk, i[:, None], tl.arange(0, CAREFUL_KEYS)[None, :], 0, j0, bias_rows, mask_rows,
+                slope, size, side, rule, FORM, True
             )  # fmt: skip
             p = exponential(s, least[:, None], rule, FORM)
             if FORM.dropout:
@@ -227,13 +241,7 @@ def attention_fwd(
         end = tl.minimum(end, (part + 1) * chunk)
         full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
         full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
-    width: tl.constexpr = FORM.block_dv
-    top = tl.full([BLOCK_M], -INFINITY, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if FORM.sinks:
-        top = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
-        total = tl.where(top == -INFINITY, 0.0, 1.0)
-    state = (tl.zeros([BLOCK_M, width], tl.float32), top, total)
+    state = start(sinks, head, live, FORM, BLOCK_M)
     if FORM.left:
         state = attend(state, tile_q, keys, values, begin, full_begin, i, slab, offsets, size,
                        side, rule, drop, FORM, True, BLOCK_N)  # fmt: skip
@@ -258,4 +266,5 @@ def attention_fwd(
     if FORM.hides:
         if not_finite(tl.where(live[:, None], acc, 0.0)) != 0.0:
             attend_carefully(out, out_rows, live, drop_scale, row_lse / unit, tile_q, keys, values,
-                             begin, end, i, slab, offsets, size, side, rule, drop, FORM)
+                             begin, end, i, slab, offsets, size, side, rule, drop,
+                             FORM)  # fmt: skip

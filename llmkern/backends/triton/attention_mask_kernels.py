@@ -2,9 +2,9 @@
 meets, what a tile's scores are and which pairs are visible, tile loads, sums that hidden NaN does
 not reach. Formula: csrc/include/llmkern/attention.h.
 
-Index tensors i (queries) and j (keys) are int32, count from scalars i0 and j0, and broadcast against
-each other, so one function serves S [M, N] with i [M, 1], j [1, N] and its transpose with i [1, M],
-j [N, 1]. What does not move in a loop counts from 0.
+Index tensors i (queries) and j (keys) are int32, count from scalars i0 and j0, and broadcast
+against each other, so one function serves S [M, N] with i [M, 1], j [1, N] and its transpose with
+i [1, M], j [N, 1]. What does not move in a loop counts from 0.
 
 FORM is tiles_attention.Form: what the call has, as compile-time facts. Tuples that go together:
     size = (q_len, kv_len, shift, left, right), int32

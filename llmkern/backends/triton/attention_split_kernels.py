@@ -43,8 +43,9 @@ def attention_combine(
     for n in range(parts):
         at = tl.cast(n, tl.int64) * rows + r
         part = tl.load(part_lse + at, mask=live, other=-INFINITY)
-        rows_of = tl.load(part_out + at[:, None] * FORM.value_dim + c[None, :],
-                          mask=live[:, None] & (c < FORM.value_dim)[None, :], other=0.0)  # fmt: skip
+        inside = live[:, None] & (c < FORM.value_dim)[None, :]
+        at = part_out + at[:, None] * FORM.value_dim + c[None, :]
+        rows_of = tl.load(at, mask=inside, other=0.0)
         higher = tl.maximum(top, part)
         least = tl.where(higher == -INFINITY, 0.0, higher)
         fade = tl.exp2((top - least) * LOG2E)

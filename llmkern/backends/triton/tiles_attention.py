@@ -1,4 +1,4 @@
-"""Which kernel form and which tiles an attention call gets: data and pure functions, without triton.
+"""Which kernel form and which tiles an attention call gets: data and pure functions.
 
 Tiles follow from dtype, head dim, lengths and architecture, never from batch size or head count, so
 an element of a batch has the same bits alone and in company.
