@@ -17,11 +17,9 @@ HEAD_DIM = 256  # at most: the accumulators of a tile must fit in registers
 
 
 def supports(spec: AttentionSpec) -> str | None:
-    if spec.dtype not in DTYPES:
-        return "float64 has no matrix instructions in Triton"
     if max(spec.head_dim, spec.value_dim) > HEAD_DIM:
         return f"head dims up to {HEAD_DIM}, got {spec.head_dim} and {spec.value_dim}"
-    return _launch.unavailable(spec.device)
+    return _launch.unsupported(spec.dtype) or _launch.unavailable(spec.device)
 
 
 def _precision() -> str:
