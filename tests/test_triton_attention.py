@@ -201,8 +201,8 @@ def test_forms_hold_no_code_for_limits_that_hide_nothing():
     assert not shifted.right  # one query at the last key sees all
 
 
-@pytest.mark.parametrize("rows, keys, parts", [(1, 512, 1), (1, 1024, 2), (1, 8192, 16),
-                                               (1, 1 << 20, 32), (65, 8192, 1)])  # fmt: skip
+@pytest.mark.parametrize("rows, keys, parts", [(1, 512, 1), (1, 1024, 4), (1, 8192, 32),
+                                               (1, 1 << 20, 64), (65, 8192, 1)])  # fmt: skip
 def test_chunks_cover_the_keys(rows, keys, parts):
     chunk = tiles.pick_chunk(_spec(q_len=rows, kv_len=keys))
     assert (-(-keys // chunk) if chunk else 1) == parts

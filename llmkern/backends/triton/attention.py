@@ -30,9 +30,17 @@ def _precision() -> str:
     return "tf32" if matmul.allow_tf32 else "ieee"
 
 
+MOST_STRIDE = 1 << 24  # of rows: 128 of them are a tile, in which offsets have 32 bits
+
+
+def _in_place(t: Tensor) -> bool:
+    """Can kernels read and write [B, heads, length, dim] where it lies?"""
+    return (t.stride(3) == 1 or t.shape[3] <= 1) and (t.stride(2) < MOST_STRIDE or t.shape[2] == 1)
+
+
 def _rows(t: Tensor) -> Tensor:
-    """[B, heads, length, dim] with a last stride of 1: what the kernels read in place."""
-    return t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()
+    """The tensor, or a copy that kernels can read in place."""
+    return t if _in_place(t) else t.contiguous()
 
 
 def _sizes(spec: AttentionSpec) -> dict[str, int]:
@@ -146,7 +154,7 @@ def _forward_in_parts(spec, inputs, sinks, out, lse, chunk):
     part_lse = torch.empty(parts, rows, dtype=torch.float32, device=out.device)
     _launch_forward(spec, inputs, None, part_out[0], part_lse, chunk)
     shape = tiles.form(spec, _precision())
-    tile = tiles.pick_rows(shape)
+    tile = tiles.pick_combine(shape)
     attention_combine[(-(-rows // tile.block_m),)](
         part_out,
         part_lse,
@@ -165,11 +173,11 @@ def _forward_in_parts(spec, inputs, sinks, out, lse, chunk):
 
 
 def _gradient(wanted: bool, like: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(what the kernel writes, what is returned): one tensor if its last stride is 1."""
+    """(what the kernel writes, what is returned): one tensor if its layout allows."""
     if not wanted:
         return torch.empty_like(like, memory_format=torch.contiguous_format), like.new_empty(0)
     result = torch.empty_like(like) if into is None else into
-    if result.stride(3) == 1 or result.shape[3] <= 1:
+    if _in_place(result):
         return result, result
     return torch.empty(result.shape, dtype=result.dtype, device=result.device), result
 
@@ -325,6 +333,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
     yield from _forms(_example(torch.bfloat16, 64, **causal, dropout_p=0.1), "dropout", capability)
     yield from _forms(_example(torch.bfloat16, 64, **everything), "everything", capability)
     yield from _forms(_example(torch.float32, 64, **everything), "everything", capability)
+    yield from _side_forms(_example(torch.bfloat16, 64, **everything), capability)
     decode = _example(torch.bfloat16, 128, **causal, shift=2047, q_len=1, kv_heads=2)
     yield _forward_form(decode, "decode", capability)
     yield _combine_form(decode)
@@ -403,9 +412,45 @@ def _named(module: str, kernel: str):
     return lambda: getattr(importlib.import_module(module), kernel)
 
 
+def _side_forms(spec: AttentionSpec, capability: int) -> Iterator[Compilation]:
+    """What else backward launches, for a bias [1, H, S, T]."""
+    shape, pointer = tiles.form(spec, "tf32"), "*" + _TYPES[spec.dtype]
+    module = "llmkern.backends.triton.attention_bwd_side_kernels"
+    first = {"seed": "*i64", "dout": pointer, "level": "*fp32", "delta": "*fp32", "dbias": "*fp32"}
+    types, divisible = _typed(spec, first, ("dout", "dbias"), f"batch {_COUNTS}")
+    renamed = {"dbias_stride_s": "dbias_stride_i"}
+    types = {renamed.get(name, name): kind for name, kind in types.items()}
+    order = list(types)
+    order.insert(order.index("dbias_stride_i") + 1, "dbias_stride_j")
+    types = {name: types.get(name, "i32") for name in order}
+    form = _form_of("attention_bwd_bias D64 bf16", _named(module, "attention_bwd_bias"), spec,
+                    (types, divisible), tiles.pick_bias(spec, shape, capability),
+                    shape)  # fmt: skip
+    order = [name for name in form.signature if name[:5] != "BLOCK"]
+    signature = dict.fromkeys([*order, "WIDE", "BLOCK_M", "BLOCK_N"], "constexpr")
+    yield form._replace(
+        signature=signature | form.signature,
+        constexprs=form.constexprs | {"WIDE": tiles.Wide(True, False, False, False)},
+        divisible=tuple(renamed.get(name, name) for name in form.divisible),
+    )
+    types = {"sinks": "*fp32", "lse": "*fp32", "delta": "*fp32", "dsinks": "*fp32", "batch": "i32",
+             "heads": "i32", "q_len": "i32"}  # fmt: skip
+    yield compilation("attention_bwd_sinks", _named(module, "attention_bwd_sinks"), types,
+                      {"BLOCK": tiles.SINK_BLOCK}, 4)  # fmt: skip
+    rows = [f"{name}_stride_{axis}" for name in ("out", "dout") for axis in "bhs"]
+    types = {"out": pointer, "dout": pointer, "lse": "*fp32", "dlse": None, "level": "*fp32",
+             "delta": "*fp32", **dict.fromkeys([*rows, "heads", "q_len", "rows"], "i32"),
+             "scale": "fp32"}  # fmt: skip
+    tile = tiles.pick_rows(shape)
+    yield compilation("attention_levels D64 bf16",
+                      _named("llmkern.backends.triton.attention_bwd_kernels", "attention_levels"),
+                      types, {"FORM": shape, "BLOCK_R": tile.block_m}, tile.num_warps,
+                      tuple(rows))  # fmt: skip
+
+
 def _combine_form(spec: AttentionSpec) -> Compilation:
     shape = tiles.form(spec, "tf32")
-    tile = tiles.pick_rows(shape)
+    tile = tiles.pick_combine(shape)
     types = {"part_out": "*fp32", "part_lse": "*fp32", "sinks": None, "out": "*bf16",
              "lse": "*fp32", "out_stride_b": "i32", "out_stride_h": "i32", "out_stride_s": "i32",
              "heads": "i32", "q_len": "i32", "rows": "i32", "parts": "i32"}  # fmt: skip

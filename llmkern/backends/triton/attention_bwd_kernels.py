@@ -15,6 +15,7 @@ import triton.language as tl
 
 from llmkern.backends.triton.attention_mask_kernels import (
     CAREFUL_COLUMNS,
+    CAREFUL_QUERIES,
     INFINITY,
     LOG2E,
     band,
@@ -168,7 +169,7 @@ def gather_queries(dk, dv, kt, vt, q, do, rows, begin, end, j0, b, head, heads, 
 @triton.jit
 def gather_carefully(result, result_stride, scale, kt, vt, q, do, rows, begin, end, j0, b,
                      first_head, group, heads, strides, size, side, rule, drop, OF_V: tl.constexpr,
-                     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                     FORM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Overwrite the block's rows of dv (OF_V) or dk with what `gather_queries` gives, had hidden
     rows of do and q been finite; a few columns at a time. q, do: whole tensors."""
     bias_strides, mask_strides, slopes = strides
@@ -186,18 +187,18 @@ def gather_carefully(result, result_stride, scale, kt, vt, q, do, rows, begin, e
             at = tl.cast(slab, tl.int64) * q_len
             of_q = open_head(b, head, q)
             of_do = open_head(b, head, do)
-            for i0 in tl.range(begin, end, BLOCK_M, num_stages=1):
-                i = i0 + tl.arange(0, BLOCK_M)
+            for i0 in tl.range(begin, end, CAREFUL_QUERIES, num_stages=1):
+                i = i0 + tl.arange(0, CAREFUL_QUERIES)
                 offsets = open_sides(b, head, i, bias_strides, mask_strides, slopes, 0, FORM)
                 weights, ds, visible, qt, dot = key_tiles(
                     kt, vt, of_q, of_do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule,
-                    drop, FORM, True, BLOCK_M, BLOCK_N
+                    drop, FORM, True, CAREFUL_QUERIES, BLOCK_N
                 )  # fmt: skip
                 base, stride = of_q
                 if OF_V:
                     base, stride = of_do
                     ds = weights
-                met = load_columns(base, i0, stride, q_len, column, cols, BLOCK_M,
+                met = load_columns(base, i0, stride, q_len, column, cols, CAREFUL_QUERIES,
                                    CAREFUL_COLUMNS)  # fmt: skip
                 visible = visible & (i < q_len)[None, :]
                 ds = tl.where(visible, ds, 0.0)
@@ -266,9 +267,7 @@ def attention_bwd_keys(
     """dk [B, G, T, D] and dv [B, G, T, Dv]; grid: (blocks of keys * B * G,)."""
     tiles = tl.cdiv(kv_len, BLOCK_N)
     unit = tl.program_id(0) // tiles
-    b = unit // kv_heads
-    kv_head = unit % kv_heads
-    group = heads // kv_heads
+    b, kv_head, group = unit // kv_heads, unit % kv_heads, heads // kv_heads
     j0 = tl.program_id(0) % tiles * BLOCK_N
     if FORM.key_mask:
         key_mask += tl.cast(b, tl.int64) * kv_len
@@ -327,5 +326,5 @@ def attention_bwd_keys(
                     dv_base if of_v else dk_base, dv_stride if of_v else dk_stride,
                     drop_scale if of_v else scale, kt, vt, of_q, of_do, rows, begin, end, j0, b,
                     kv_head * group, group, heads, strides, size, side, rule, drop, of_v == 1,
-                    FORM, BLOCK_M, BLOCK_N
+                    FORM, BLOCK_N
                 )  # fmt: skip

@@ -25,6 +25,7 @@ INFINITY = tl.constexpr(float("inf"))
 # The careful passes take little at a time: what they need then fits beside what waits for them.
 CAREFUL_COLUMNS = tl.constexpr(16)
 CAREFUL_KEYS = tl.constexpr(32)
+CAREFUL_QUERIES = tl.constexpr(16)
 
 
 @triton.jit
@@ -56,11 +57,11 @@ def band(first, last, length, shift, left, right, LEFT: tl.constexpr, RIGHT: tl.
 def load_rows(base, first, stride, rows, BLOCK_R: tl.constexpr, COLS: tl.constexpr,
               BLOCK_C: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
     """Rows first .. first + BLOCK_R of a matrix with last stride 1, [BLOCK_R, BLOCK_C]; 0 beyond
-    `rows` (only looked at if BOUNDED) and COLS."""
+    `rows` (only looked at if BOUNDED) and COLS. Offsets inside a tile have 32 bits: the row stride
+    is below 2^24 (attention._rows)."""
     r = tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
-    at = base + tl.cast(first, tl.int64) * stride
-    at = at + r[:, None].to(tl.int64) * stride + c[None, :]
+    at = base + tl.cast(first, tl.int64) * stride + (r[:, None] * stride + c[None, :])
     if BOUNDED:
         inside = (first + r < rows)[:, None]
         if COLS < BLOCK_C:
@@ -104,20 +105,21 @@ def open_sides(b, head, i, bias, mask, slopes, AXIS: tl.constexpr, FORM: tl.cons
 def load_columns(base, first, stride, rows, column, COLS: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_C: tl.constexpr):  # fmt: skip
     """[BLOCK_R, BLOCK_C] from row `first` and column `column` on, 0 beyond rows and COLS."""
-    r = first + tl.arange(0, BLOCK_R)
+    r = tl.arange(0, BLOCK_R)
     c = column + tl.arange(0, BLOCK_C)
-    at = base + r[:, None].to(tl.int64) * stride + c[None, :]
-    return tl.load(at, mask=(r < rows)[:, None] & (c < COLS)[None, :], other=0.0)
+    at = base + tl.cast(first, tl.int64) * stride + (r[:, None] * stride + c[None, :])
+    return tl.load(at, mask=(first + r < rows)[:, None] & (c < COLS)[None, :], other=0.0)
 
 
 @triton.jit
 def store_rows(base, first, stride, rows, column, COLS: tl.constexpr, tile):
     """Rounds `tile` [R, C] once and stores it at row `first`, column `column` of a matrix with
     `rows` rows and COLS columns."""
-    r = first + tl.arange(0, tile.shape[0])
+    r = tl.arange(0, tile.shape[0])
     c = column + tl.arange(0, tile.shape[1])
-    at = base + r[:, None].to(tl.int64) * stride + c[None, :]
-    tl.store(at, tile.to(base.dtype.element_ty), mask=(r < rows)[:, None] & (c < COLS)[None, :])
+    at = base + tl.cast(first, tl.int64) * stride + (r[:, None] * stride + c[None, :])
+    inside = (first + r < rows)[:, None] & (c < COLS)[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
