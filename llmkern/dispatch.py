@@ -252,7 +252,7 @@ has_fused._dynamo_marked_constant = True  # what torch.compiler.assume_constant_
 
 
 def _report_fallback(op: str, decision: Decision) -> None:
-    name, reason = decision.rejected[-1]
+    name, reason = decision.rejected[-1]  # the last fused backend that was asked
     policy = _settings.get().policy
     message = f"{op}: {name} cannot serve this call ({reason}); {decision.backend} serves it"
     if policy == "error":

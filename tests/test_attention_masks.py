@@ -12,10 +12,14 @@ from llmkern.functional import scaled_dot_product_attention
 
 NAN, INF = float("nan"), math.inf
 
+# Under Triton's interpreter these are slow; test_triton_attention.py is its short run.
+pytestmark = pytest.mark.light(backend=["reference", "cpu"])
+
 MASK_SHAPES = [(1, 1), (20, 1), (1, 70), (20, 70), (3, 1, 70), (3, 20, 70), (2, 1, 1, 70),
                (1, 3, 1, 1), (2, 1, 20, 1), (2, 3, 20, 70)]  # fmt: skip
 
 
+@pytest.mark.computes_in(torch.float64)
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float64", "float32"])
 def test_attention_mask_broadcasts_as_torch(backend, shape, kind):

@@ -53,6 +53,23 @@ def test_use_backend_holds_after_the_choice_was_cached():
         assert _backends_of_call() == ["reference"]
 
 
+def test_a_second_fused_backend_is_no_fallback(unsupported, monkeypatch):
+    class Fused:
+        supports = staticmethod(lambda spec: None)
+
+    find = dispatch.module_of
+    monkeypatch.setattr(
+        dispatch, "module_of", lambda name, op: Fused if name == "triton" else find(name, op)
+    )
+    monkeypatch.setitem(dispatch.BACKENDS, "cpu", ("cpu", "triton", "reference"))
+    with dispatch.recording() as records:
+        _call(backend="reference")
+    spec = records[0][1]
+    with llmkern.fallback_policy("error"):
+        assert dispatch.resolve("norm", spec) is Fused
+    assert llmkern.fallbacks() == {}
+
+
 def test_unknown_backend_is_an_error():
     with pytest.raises(BackendError, match="backend must be one of .* got 'gpu'"):
         _call(backend="gpu")

@@ -112,7 +112,7 @@ def _figure(svg: str) -> str:
 def _subtitle(machine: dict[str, Any]) -> str:
     isas = ", ".join(machine.get("isas", [])) or "no compiled extension"
     return (
-        f"{machine.get('cpu')}, {machine.get('cores')} cores ({isas}); torch "
+        f"{text.hardware(machine)} ({isas}); torch "
         f"{machine.get('torch')}, llmkern {machine.get('llmkern')}, Python "
         f"{machine.get('python')}; {machine.get('date')}"
     )

@@ -40,8 +40,8 @@ def bound(cost: Cost, dtype: str, threads: int, peaks: Peaks) -> Bound | None:
 def hold(row: Row, peaks: Peaks) -> None:
     """Fill in what bounds a measured row and its share of that bound."""
     median = row.median_us(OURS)
-    if median is None or not (row.flops or row.nbytes):
-        return
+    if median is None or not (row.flops or row.nbytes) or row.device != "cpu":
+        return  # the peaks are the CPU's
     limit = bound(Cost(row.flops, row.nbytes), row.dtype, row.threads, peaks)
     if limit is not None:
         row.bound, row.peak_share = limit.kind, limit.time_us / median

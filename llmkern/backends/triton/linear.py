@@ -12,10 +12,7 @@ from llmkern.specs import LinearSpec
 
 
 def supports(spec: LinearSpec) -> str | None:
-    reason = _launch.unavailable(spec.device) or _launch.unsupported(spec.dtype)
-    if reason is None and spec.dtype == torch.bfloat16 and linear_calls.interpreted():
-        reason = "Triton's interpreter cannot multiply bfloat16"
-    return reason
+    return _launch.unavailable(spec.device) or _launch.unsupported(spec.dtype)
 
 
 def _rows(t: Tensor, rows: int, cols: int) -> Tensor:
