@@ -1,12 +1,14 @@
 """Builds the compiled parts without torch: plain C++ with pybind11, objects in parallel by ninja.
 
+_C_cpu always; _C_cuda and _C_cuda_emulated where there is an nvcc (tools/cuda_build.py).
+
 Kernel sources are compiled once per instruction set, each into a namespace of its own; the
 extension picks one at run time. OpenMP is compiled in but not linked: at load,
 llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has mapped already,
 whatever its file is called there.
 
-Environment: LLMKERN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; CXX,
-CXXFLAGS.
+Environment: LLMKERN_CUDA, LLMKERN_CUDA_ARCHS, CUDA_HOME (tools/cuda_build.py); CXX, CXXFLAGS;
+LLMKERN_SANITIZE=1 builds the CPU part with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import os
@@ -21,6 +23,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_build  # noqa: E402
+
 CPU = Path("csrc/cpu")
 KERNEL_SOURCES = "attention_bwd attention_fwd elementwise gemm linear norm probe".split()
 BF16_SOURCES = ["probe"]  # those with kernels in LLMKERN_CPU_BF16_KERNELS (kernel_list.h)
@@ -81,7 +87,7 @@ def ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def write_ninja(build_dir: Path, output: Path) -> None:
+def write_ninja(build_dir: Path, outputs: dict[str, Path], toolkit) -> None:
     cxx = os.environ.get("CXX", "c++")
     link = ["-shared"]
     if os.environ.get("LLMKERN_SANITIZE") == "1":
@@ -102,25 +108,38 @@ def write_ninja(build_dir: Path, output: Path) -> None:
         lines.append(f"build {name}.o: compile {ninja_path(source.resolve())}")
         lines.append(f"  extra = {shlex.join(extra)}")
         names.append(f"{name}.o")
-    lines.append(f"build {ninja_path(output.resolve())}: link {' '.join(names)}")
+    lines.append(f"build {ninja_path(outputs['llmkern._C_cpu'].resolve())}: link {' '.join(names)}")
+    if toolkit is not None:
+        product, emulated = (outputs[name] for name in CUDA_MODULES)
+        lines += cuda_build.ninja_lines(ROOT, toolkit, product, emulated, ninja_path)
     (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
 class NinjaBuildExt(build_ext):
-    def build_extension(self, ext: Extension) -> None:
-        build_dir = Path(self.build_temp).resolve() / ext.name
-        if os.environ.get("LLMKERN_SANITIZE") == "1":
-            build_dir = build_dir.with_name(build_dir.name + "-sanitize")
+    """All extensions by one ninja file, so that objects of all of them compile side by side."""
+
+    def build_extensions(self) -> None:
+        cuda_build.check(TOOLKIT)
+        sanitize = os.environ.get("LLMKERN_SANITIZE") == "1"
+        build_dir = Path(self.build_temp).resolve() / ("llmkern-sanitize" if sanitize else "llmkern")
         build_dir.mkdir(parents=True, exist_ok=True)
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_ninja(build_dir, output)
-        # A sanitizer build and a plain one share the output name.
-        output.unlink(missing_ok=True)
+        outputs = {ext.name: Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
+        for output in outputs.values():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # A sanitizer build and a plain one share the output name.
+            output.unlink(missing_ok=True)
+        write_ninja(build_dir, outputs, TOOLKIT)
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)], check=True)
 
 
+CUDA_MODULES = ("llmkern._C_cuda", "llmkern._C_cuda_emulated")
+# Not checked here: setup.py also runs to ask what the build requires.
+TOOLKIT = cuda_build.wanted()
+
 setup(
-    ext_modules=[Extension("llmkern._C_cpu", sources=[])],
+    ext_modules=[
+        Extension(name, sources=[])
+        for name in ("llmkern._C_cpu", *(CUDA_MODULES if TOOLKIT else ()))
+    ],
     cmdclass={"build_ext": NinjaBuildExt},
 )
