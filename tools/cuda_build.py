@@ -122,6 +122,10 @@ def ninja_lines(root: Path, toolkit: Toolkit, product: Path, emulated: Path, pat
     for source in sorted((root / CUDA).glob("*.cu")):
         objects.append(f"cuda.{source.stem}.o")
         lines.append(f"build {objects[-1]}: cuda {path(source.resolve())}")
+    for source in sorted((root / CUDA).glob("bindings_*.cpp")):
+        objects.append(f"cuda.{source.stem}.o")
+        lines.append(f"build {objects[-1]}: compile {path(source.resolve())}")
+        lines.append(f"  extra = -I{path(root / CUDA)}")
     runtimes = {
         product: f"-L{path(toolkit.lib)} -lcudart_static -lrt -lpthread -ldl"
         " -Wl,--exclude-libs,ALL",
@@ -129,13 +133,10 @@ def ninja_lines(root: Path, toolkit: Toolkit, product: Path, emulated: Path, pat
     }
     for output, libs in runtimes.items():
         name = output.name.split(".")[0]
-        bindings = []
-        for source in sorted((root / CUDA).glob("bindings*.cpp")):
-            bindings.append(f"{name}.{source.stem}.o")
-            lines.append(f"build {bindings[-1]}: compile {path(source.resolve())}")
-            lines.append(f"  extra = -DLLMKERN_MODULE={name} -I{path(root / CUDA)}")
-        lines.append(
-            f"build {path(output.resolve())}: cuda_link {' '.join(objects + bindings)}"
-        )
+        module = path((root / CUDA / "bindings.cpp").resolve())
+        lines.append(f"build {name}.o: compile {module}")
+        lines.append(f"  extra = -DLLMKERN_MODULE={name} -I{path(root / CUDA)}")
+        inputs = " ".join([*objects, f"{name}.o"])
+        lines.append(f"build {path(output.resolve())}: cuda_link {inputs}")
         lines.append(f"  libs = {libs}")
     return lines

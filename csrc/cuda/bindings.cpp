@@ -7,6 +7,9 @@ namespace llmkern {
 
 #define LLMKERN_DEFINE_MODULE(name, m) PYBIND11_MODULE(name, m)
 
-LLMKERN_DEFINE_MODULE(LLMKERN_MODULE, m) { bind_norm(m); }
+LLMKERN_DEFINE_MODULE(LLMKERN_MODULE, m) {
+  bind_linear(m);
+  bind_norm(m);
+}
 
 }  // namespace llmkern
