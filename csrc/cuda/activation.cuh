@@ -7,7 +7,7 @@
 
 namespace llmkern {
 
-constexpr float kLog2E = 1.44269504f;
+
 
 __device__ inline float sigmoid(float x) {
   return __fdividef(1.0f, 1.0f + ptx::ex2_approx_ftz_f32(-kLog2E * x));

@@ -8,6 +8,7 @@ namespace llmkern {
 #define LLMKERN_DEFINE_MODULE(name, m) PYBIND11_MODULE(name, m)
 
 LLMKERN_DEFINE_MODULE(LLMKERN_MODULE, m) {
+  bind_attention(m);
   bind_linear(m);
   bind_norm(m);
 }

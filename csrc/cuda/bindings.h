@@ -20,6 +20,7 @@ inline Place place_of(const py::tuple& t) {
   return {t[0].cast<int>(), pointer(t[1].cast<uintptr_t>())};
 }
 
+void bind_attention(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_norm(py::module_& m);
 

@@ -12,6 +12,7 @@ namespace llmkern {
 constexpr int kWarp = 32;
 constexpr int kPack = 8;  // elements
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLog2E = 1.44269504f;
 
 // All shared memory is dynamic: its size is an argument of the launch.
 extern __shared__ __align__(128) uint8_t shared_bytes[];

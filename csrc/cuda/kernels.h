@@ -2,6 +2,7 @@
 // they throw LaunchError.
 #pragma once
 
+#include "llmkern/attention.h"
 #include "llmkern/gemm.h"
 #include "llmkern/norm.h"
 #include "place.h"
@@ -22,5 +23,10 @@ void gemm_ieee(const GemmArgs& g, const Place& place);  // float, as gemm calls 
 // Floats of scratch that linear_bwd takes when a bias gradient is wanted.
 int64_t linear_bwd_scratch(int64_t rows, int64_t cols);
 void linear_bwd(const LinearBwdArgs& a, const Place& place);
+
+// 16-bit tensors, head and value dim multiples of 8 up to 128, addresses and strides multiples of 16
+// bytes; of the inputs only q, k, v and key_mask. scratch: B * H * S floats, for backward.
+void attention_fwd(const AttentionFwdArgs& a, const Place& place);
+void attention_bwd(const AttentionBwdArgs& a, const Place& place);
 
 }  // namespace llmkern
