@@ -121,7 +121,8 @@ class NinjaBuildExt(build_ext):
     def build_extensions(self) -> None:
         cuda_build.check(TOOLKIT)
         sanitize = os.environ.get("LLMKERN_SANITIZE") == "1"
-        build_dir = Path(self.build_temp).resolve() / ("llmkern-sanitize" if sanitize else "llmkern")
+        build_dir = Path(self.build_temp).resolve()
+        build_dir /= "llmkern-sanitize" if sanitize else "llmkern"
         build_dir.mkdir(parents=True, exist_ok=True)
         outputs = {ext.name: Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
         for output in outputs.values():

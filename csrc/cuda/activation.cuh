@@ -7,8 +7,6 @@
 
 namespace llmkern {
 
-
-
 __device__ inline float sigmoid(float x) {
   return __fdividef(1.0f, 1.0f + ptx::ex2_approx_ftz_f32(-kLog2E * x));
 }

@@ -1,12 +1,12 @@
 // Shared by the attention kernels: tiles of 16-bit rows in shared memory, their products on tensor
 // cores, who sees whom, and dropout. Formulas and axes: llmkern/attention.h.
 //
-// A tile is [rows][kD] with kD = 64 or 128 (head dims in between are filled with 0). A row is 8 or 16
-// units of 16 bytes; unit u of row r stands at u ^ (r % 8), so that eight consecutive rows at one u,
-// which ldmatrix reads at a time, lie in eight distinct bank groups.
+// A tile is [rows][kD] with kD = 64 or 128 (head dims in between are filled with 0). A row is 8 or
+// 16 units of 16 bytes; unit u of row r stands at u ^ (r % 8), so that eight consecutive rows at
+// one u, which ldmatrix reads at a time, lie in eight distinct bank groups.
 //
-// Four warps; warp w owns rows 16 w .. 16 w + 15 of the product. Lane l = 4 g + t holds of each block
-// of eight columns (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// Four warps; warp w owns rows 16 w .. 16 w + 15 of the product. Lane l = 4 g + t holds of each
+// block of eight columns (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 #pragma once
 
 #include "common.cuh"
@@ -228,8 +228,8 @@ __device__ inline void drop_keys(const AttentionParams& p, uint32_t slab, int i0
   }
 }
 
-// Keys as rows: byte 2 e + half of lane (nb, t): query 8 nb + 2t + e, keys of block `half`, of which
-// lane g takes bit g.
+// Keys as rows: byte 2 e + half of lane (nb, t): query 8 nb + 2t + e, keys of block `half`, of
+// which lane g takes bit g.
 template <int kN>
 struct QueryDrop {
   uint32_t mine = 0;
@@ -263,8 +263,8 @@ struct QueryDrop {
   }
 };
 
-// A warp's 16 rows of accumulators, times `scale`, to rows first .. of a slab, through shared memory
-// that only this warp uses, 16 bytes at a time.
+// A warp's 16 rows of accumulators, times `scale`, to rows first .. of a slab, through shared
+// memory that only this warp uses, 16 bytes at a time.
 template <class T, int kD>
 __device__ inline void store_rows(uint8_t* shared, const Rows& to, int batch, int head, int first,
                                   int count, int dim, const float (&sum)[kD / 8][4],

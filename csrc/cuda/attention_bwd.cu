@@ -16,8 +16,8 @@ namespace {
 constexpr int kDeltaRows = kAttentionThreads / 8;  // eight lanes a row
 
 template <class T>
-__global__ void __launch_bounds__(kAttentionThreads) attention_delta_kernel(
-    const AttentionParams p) {
+__global__ void __launch_bounds__(kAttentionThreads)
+    attention_delta_kernel(const AttentionParams p) {
   const int batch = blockIdx.z, head = blockIdx.y, lane = threadIdx.x % 8;
   const int row = blockIdx.x * kDeltaRows + threadIdx.x / 8;
   const bool inside = row < p.q_len;
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_delta_kernel(
   p.delta[at] = p.dlse == nullptr ? sum : sum - p.dlse[at];
 }
 
-// Queries in a tile of the dK, dV kernel: two sums of 64 keys x kD and two score tiles must fit into
-// a thread's registers.
+// Queries in a tile of the dK, dV kernel: two sums of 64 keys x kD and two score tiles must fit
+// into a thread's registers.
 template <int kD>
 constexpr int kQueries = kD == 64 ? 64 : 32;
 
@@ -105,8 +105,8 @@ __device__ inline void differentiate(const float2* terms, float scale_log2, cons
 }
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kAttentionThreads) attention_bwd_keys_kernel(
-    const AttentionParams p) {
+__global__ void __launch_bounds__(kAttentionThreads)
+    attention_bwd_keys_kernel(const AttentionParams p) {
   using Shared = KeysShared<kD>;
   constexpr int kN = kQueries<kD>;
   const int batch = blockIdx.z, kv_head = blockIdx.y, j0 = blockIdx.x * kBlockRows;
@@ -186,8 +186,8 @@ struct QueriesShared {
 
 // ds of 16 queries and 64 keys, over dp.
 __device__ inline void differentiate_keys(const AttentionParams& p, int batch, int j0, bool all,
-                                          const Band (&bands)[2], const float (&lse)[2], const float (&delta)[2],
-                                          const float (&s)[kKeys / 8][4],
+                                          const Band (&bands)[2], const float (&lse)[2],
+                                          const float (&delta)[2], const float (&s)[kKeys / 8][4],
                                           float (&dp)[kKeys / 8][4]) {
   const uint64_t kept = p.key_mask == nullptr ? ~UINT64_C(0) : kept_keys(p, batch, j0);
   const float scale_log2 = p.scale * kLog2E;
@@ -208,8 +208,8 @@ __device__ inline void differentiate_keys(const AttentionParams& p, int batch, i
 }
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kAttentionThreads) attention_bwd_queries_kernel(
-    const AttentionParams p) {
+__global__ void __launch_bounds__(kAttentionThreads)
+    attention_bwd_queries_kernel(const AttentionParams p) {
   using Shared = QueriesShared<kD>;
   const int batch = blockIdx.z, head = blockIdx.y;
   const int i0 = (gridDim.x - 1 - blockIdx.x) * kBlockRows;

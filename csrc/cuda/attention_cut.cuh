@@ -1,7 +1,8 @@
-// Weighted sums over a tile that the band cuts: some rows see a column that others do not. The weight
-// of a hidden pair is 0, but on tensor cores 0 * NaN is NaN; a NaN or Inf in a hidden row must not
-// reach the sum. So such tiles are looked through first, and one that holds a NaN or Inf, which is
-// rare, is added up pair by pair. (Rows past the end and masked-out keys are 0 in the tile.)
+// Weighted sums over a tile that the band cuts: some rows see a column that others do not. The
+// weight of a hidden pair is 0, but on tensor cores 0 * NaN is NaN; a NaN or Inf in a hidden row
+// must not reach the sum. So such tiles are looked through first, and one that holds a NaN or Inf,
+// which is rare, is added up pair by pair. (Rows past the end and masked-out keys are 0 in the
+// tile.)
 #pragma once
 
 #include "attention.cuh"
@@ -50,8 +51,7 @@ __device__ inline void accumulate_pairs(float (&sum)[kD / 8][4], const float (&p
     const bool sees0 = band[0].sees(c), sees1 = band[1].sees(c);
 #pragma unroll
     for (int j = 0; j < kD / 8; ++j) {
-      const uint32_t pair =
-          *reinterpret_cast<const uint32_t*>(tile + row_offset<kD>(c, j) + t * 4);
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(tile + row_offset<kD>(c, j) + t * 4);
       const float low = low_half(pair, T{}), high = high_half(pair, T{});
       if (sees0) {
         sum[j][0] = add_weighted(sum[j][0], w0, low);

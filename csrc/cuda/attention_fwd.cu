@@ -1,9 +1,9 @@
-// Attention forward in one pass over the keys with a running softmax (Dao, "FlashAttention-2", 2023);
-// formulas: llmkern/attention.h, tiles: attention.cuh.
+// Attention forward in one pass over the keys with a running softmax (Dao, "FlashAttention-2",
+// 2023); formulas: llmkern/attention.h, tiles: attention.cuh.
 //
-// A block owns 64 queries of one head and walks over the tiles of 64 keys that they see. K and V are
-// double-buffered: while one tile is multiplied the next arrives. Only tiles that the band's edge,
-// the end of the keys or a key mask cuts pay for masking.
+// A block owns 64 queries of one head and walks over the tiles of 64 keys that they see. K and V
+// are double-buffered: while one tile is multiplied the next arrives. Only tiles that the band's
+// edge, the end of the keys or a key mask cuts pay for masking.
 #include "attention_cut.cuh"
 #include "attention_launch.cuh"
 #include "kernels.h"

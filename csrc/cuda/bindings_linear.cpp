@@ -68,8 +68,7 @@ void backward(const py::tuple& place, int dtype, int64_t rows, int64_t cols, int
 void bind_linear(py::module_& m) {
   m.def("gemm", &product);
   m.def("linear_bwd", &backward);
-  m.def("linear_bwd_scratch", &linear_bwd_scratch,
-        "Floats of scratch that a bias gradient takes.");
+  m.def("linear_bwd_scratch", &linear_bwd_scratch, "Floats of scratch that a bias gradient takes.");
 }
 
 }  // namespace llmkern

@@ -40,8 +40,8 @@ void forward(const py::tuple& place, const py::tuple& shape, uintptr_t seed, uin
 
 void backward(const py::tuple& place, const py::tuple& shape, uintptr_t seed, uintptr_t z,
               int64_t z_stride, uintptr_t weight, uintptr_t statistics, uintptr_t dy,
-              int64_t dy_stride, uintptr_t dz, uintptr_t dx, uintptr_t dresidual,
-              uintptr_t dweight, uintptr_t dbias, uintptr_t scratch) {
+              int64_t dy_stride, uintptr_t dz, uintptr_t dx, uintptr_t dresidual, uintptr_t dweight,
+              uintptr_t dbias, uintptr_t scratch) {
   const NormShape s = shape_of(shape, seed);
   const Statistics stats(s, statistics);
   norm_bwd({s, pointer(z), z_stride, pointer(weight), stats.mean, stats.rstd, pointer(dy),

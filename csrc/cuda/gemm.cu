@@ -1,9 +1,9 @@
 // Matrix products of 16-bit operands on tensor cores, with the epilogue of gemm_epilogue.cuh;
 // formulas: llmkern/gemm.h.
 //
-// A block of four warps computes a kBlock x kBlock tile of the product, each warp a quarter of it in
-// float accumulators (mma m16n8k16), from kStages tiles along k that are under way at a time: one
-// barrier for each 32 of k. Gated products put blocks of eight rows of the two weight matrices
+// A block of four warps computes a kBlock x kBlock tile of the product, each warp a quarter of it
+// in float accumulators (mma m16n8k16), from kStages tiles along k that are under way at a time:
+// one barrier for each 32 of k. Gated products put blocks of eight rows of the two weight matrices
 // side by side, so a tile holds z and u of the same elements.
 #include "gemm_epilogue.cuh"
 #include "gemm_tile.cuh"
@@ -48,8 +48,7 @@ template <class T, bool kOuterA, bool kOuterB, int kBlock>
 struct Gemm {
   static constexpr int kWarpTile = kBlock / 2;
   static constexpr int kBlocks = kWarpTile / 16;  // 16 x 16 blocks along each side of a warp's tile
-  static constexpr int kStageBytes =
-      Tile<kOuterA, kBlock>::kBytes + Tile<kOuterB, kBlock>::kBytes;
+  static constexpr int kStageBytes = Tile<kOuterA, kBlock>::kBytes + Tile<kOuterB, kBlock>::kBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static_assert(kBlock * kBlock * 4 <= kSharedBytes, "the epilogue's tile reuses the stages");
 

@@ -1,8 +1,8 @@
 // float products in float: what torch computes where TF32 is not allowed. Operands may have any
 // strides; the epilogue is that of gemm_epilogue.cuh.
 //
-// 256 threads compute a 64 x 64 tile, 4 x 4 sums each, from tiles of 16 along k that are fetched into
-// registers while the one before is used.
+// 256 threads compute a 64 x 64 tile, 4 x 4 sums each, from tiles of 16 along k that are fetched
+// into registers while the one before is used.
 #include "gemm_epilogue.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -118,7 +118,9 @@ __global__ void __launch_bounds__(kThreads) gemm_ieee_kernel(const IeeeParams p)
 void gemm_ieee(const GemmArgs& g, const Place& place) {
   const GemmShape& s = g.shape;
   IeeeParams p{};
-  p.a = {{static_cast<const float*>(g.a), nullptr}, {s.a_stride[0], 0}, {s.a_stride[1], 0},
+  p.a = {{static_cast<const float*>(g.a), nullptr},
+         {s.a_stride[0], 0},
+         {s.a_stride[1], 0},
          static_cast<int>(s.m)};
   p.b = {{static_cast<const float*>(g.b[0]), static_cast<const float*>(g.b[1])},
          {s.b_stride[0][0], s.b_stride[1][0]},

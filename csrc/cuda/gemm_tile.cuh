@@ -6,8 +6,8 @@
 // line r / 2, so eight consecutive rows at one u, which is what ldmatrix reads at a time, lie in
 // eight distinct slots; so do the 2 rows x 4 units that eight lanes of cp.async write.
 //
-// kOuter true: the row index is contiguous. Stored as it comes, [k][row]; unit u (rows 8u .. 8u + 7)
-// of line k stands at u ^ (k % 8): eight consecutive k at one u are in distinct slots, and
+// kOuter true: the row index is contiguous. Stored as it comes, [k][row]; unit u (rows 8u .. 8u +
+// 7) of line k stands at u ^ (k % 8): eight consecutive k at one u are in distinct slots, and
 // ldmatrix.trans turns them over.
 #pragma once
 
@@ -115,7 +115,8 @@ struct Fragments {
   // multiple of 32 or more and so leaves alone the bits that the swizzle and these offsets change.
   __device__ void load(uint32_t (&r)[4], uint32_t stage, int block, int step) const {
     if (kOuter) {
-      ptx::ldmatrix_x4_trans(r, stage + (lane_offset ^ (block * 2 * kUnit)) + step * 16 * kBlock * 2);
+      ptx::ldmatrix_x4_trans(r,
+                             stage + (lane_offset ^ (block * 2 * kUnit)) + step * 16 * kBlock * 2);
     } else {
       ptx::ldmatrix_x4(r, stage + (lane_offset ^ (step * 2 * kUnit)) + block * 16 * kBlockK * 2);
     }

@@ -16,7 +16,8 @@ int64_t norm_bwd_scratch(int64_t rows, int64_t cols);
 void norm_bwd(const NormBwdArgs& a, const Place& place);
 
 // 16-bit operands: one stride of each is 1, the other a multiple of 8 elements, data 16-byte
-// aligned; where k is not the contiguous dim of a, it is not that of b either. float: any strides; scratch is not used.
+// aligned; where k is not the contiguous dim of a, it is not that of b either. float: any strides;
+// scratch is not used.
 void gemm(const GemmArgs& g, const Place& place);
 void gemm_ieee(const GemmArgs& g, const Place& place);  // float, as gemm calls it
 
@@ -24,8 +25,8 @@ void gemm_ieee(const GemmArgs& g, const Place& place);  // float, as gemm calls 
 int64_t linear_bwd_scratch(int64_t rows, int64_t cols);
 void linear_bwd(const LinearBwdArgs& a, const Place& place);
 
-// 16-bit tensors, head and value dim multiples of 8 up to 128, addresses and strides multiples of 16
-// bytes; of the inputs only q, k, v and key_mask. scratch: B * H * S floats, for backward.
+// 16-bit tensors, head and value dim multiples of 8 up to 128, addresses and strides multiples of
+// 16 bytes; of the inputs only q, k, v and key_mask. scratch: B * H * S floats, for backward.
 void attention_fwd(const AttentionFwdArgs& a, const Place& place);
 void attention_bwd(const AttentionBwdArgs& a, const Place& place);
 

@@ -240,8 +240,7 @@ BwdParams bwd_params(const NormBwdArgs& a, const BwdPlan& plan) {
   const bool vector = is_vector(a.z, a.z_stride, s.dtype) &&
                       is_vector(a.dy, a.dy_stride, s.dtype) &&
                       is_vector(a.weight, 0, s.weight_dtype) && is_vector(a.dz, s.cols, s.dtype) &&
-                      is_vector(a.dx, s.cols, s.x_dtype) &&
-                      is_vector(a.dresidual, s.cols, s.dtype);
+                      is_vector(a.dx, s.cols, s.x_dtype) && is_vector(a.dresidual, s.cols, s.dtype);
   const bool sums = a.dweight != nullptr || a.dbias != nullptr;
   return {norm_scalars(s, vector),
           a.z,
@@ -305,10 +304,10 @@ void norm_bwd(const NormBwdArgs& a, const Place& place) {
   void* outputs[2] = {a.dweight, a.dbias};
   for (int kind = 0; kind < 2; ++kind) {
     if (outputs[kind] == nullptr) continue;
-    column_sums({static_cast<const float*>(a.scratch) + kind * s.cols, 2 * s.cols,
-                 static_cast<int>(plan.blocks), static_cast<int>(s.cols), s.weight_dtype,
-                 outputs[kind]},
-                place);
+    column_sums(
+        {static_cast<const float*>(a.scratch) + kind * s.cols, 2 * s.cols,
+         static_cast<int>(plan.blocks), static_cast<int>(s.cols), s.weight_dtype, outputs[kind]},
+        place);
   }
 }
 

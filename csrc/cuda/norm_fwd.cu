@@ -38,7 +38,8 @@ __device__ inline void load_z(const FwdParams& p, int64_t row, int col, float (&
 }
 
 // sum of (z - mean)^2 over the columns that exist
-__device__ inline float squares(const float (&z)[kPack], float mean, int col, const NormScalars& s) {
+__device__ inline float squares(const float (&z)[kPack], float mean, int col,
+                                const NormScalars& s) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
@@ -158,17 +159,22 @@ int fwd_rows_per_group(int64_t rows) { return rows >= 8192 ? 8 : rows >= 2048 ? 
 
 FwdParams fwd_params(const NormFwdArgs& a, const RowPlan& plan) {
   const NormShape& s = a.shape;
-  const bool vector = is_vector(a.x, a.x_stride, s.x_dtype) &&
-                      is_vector(a.residual, a.residual_stride, s.dtype) &&
-                      is_vector(a.weight, 0, s.weight_dtype) &&
-                      is_vector(a.bias, 0, s.weight_dtype) && is_vector(a.z, s.cols, s.dtype) &&
-                      is_vector(a.y, s.cols, s.dtype);
-  return {norm_scalars(s, vector), a.x,
-          a.x_stride,              a.residual,
-          a.residual_stride,       a.weight,
-          a.bias,                  a.z,
-          a.y,                     static_cast<float*>(a.mean),
-          static_cast<float*>(a.rstd), plan.lanes,
+  const bool vector =
+      is_vector(a.x, a.x_stride, s.x_dtype) && is_vector(a.residual, a.residual_stride, s.dtype) &&
+      is_vector(a.weight, 0, s.weight_dtype) && is_vector(a.bias, 0, s.weight_dtype) &&
+      is_vector(a.z, s.cols, s.dtype) && is_vector(a.y, s.cols, s.dtype);
+  return {norm_scalars(s, vector),
+          a.x,
+          a.x_stride,
+          a.residual,
+          a.residual_stride,
+          a.weight,
+          a.bias,
+          a.z,
+          a.y,
+          static_cast<float*>(a.mean),
+          static_cast<float*>(a.rstd),
+          plan.lanes,
           plan.rows_per_group};
 }
 

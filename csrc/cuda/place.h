@@ -1,5 +1,5 @@
-// Where a launch goes, and what a failed one throws; free of CUDA headers, so that the bindings need
-// none.
+// Where a launch goes, and what a failed one throws; free of CUDA headers, so that the bindings
+// need none.
 #pragma once
 
 #include <stdexcept>

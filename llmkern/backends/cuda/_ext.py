@@ -54,7 +54,7 @@ def load() -> Loaded:
 
 @functools.cache
 def load_emulated() -> Loaded:
-    """The module for CPU tensors under the emulator, after the runtime that stands in for CUDA's."""
+    """The module for CPU tensors under the emulator, on top of the emulator's CUDA runtime."""
     runtimes = sorted((Path(__file__).parents[2]).glob("libcudart*.so*"))
     if not runtimes:
         return Loaded(None, "the emulator's CUDA runtime was not built")

@@ -1,6 +1,7 @@
-"""Attention: csrc/cuda/attention_fwd.cu, attention_bwd.cu. 16-bit types, causal and windowed bands, key
-masks, dropout, grouped heads, head dims that are multiples of 8 up to 128; the rest is left to the
-next backend, by name in `supports`."""
+"""Attention: csrc/cuda/attention_fwd.cu, attention_bwd.cu.
+
+16-bit types, causal and windowed bands, key masks, dropout, grouped heads, head dims that are
+multiples of 8 up to 128. The rest is left to the next backend, by name in `supports`."""
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ def supports(spec: AttentionSpec) -> str | None:
         "ALiBi slopes": spec.slopes,
         "sinks": spec.sinks,
         "softcap": spec.softcap > 0.0,
-        "dropping everything": spec.dropout_p == 1.0,
         "a scale of 0 or less": not spec.scale > 0.0,
         "float32": spec.dtype == torch.float32,
     }

@@ -16,8 +16,6 @@ _UNIT = 8  # elements: what the 16-bit kernels load at a time
 def supports(spec: LinearSpec) -> str | None:
     if max(spec.rows, spec.out_features, spec.in_features) > _ext.INT32_MAX // 2:
         return "its kernels index each dim with 32 bits"
-    if spec.dropout_p == 1.0:
-        return "its kernels do not drop everything"
     if spec.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "its float32 products do not use TF32"
     return _ext.refusal(spec.device, spec.dtype)
@@ -38,18 +36,20 @@ def _aligned(t: Tensor) -> Tensor:
     return padded[:, :k].copy_(t)
 
 
-def _operands(a: Tensor, *matrices: Tensor | None) -> list[Tensor | None]:
-    """a [M, K] and the B [N, K] in layouts that the kernels read; copies only of the others."""
+def _inner(t: Tensor) -> bool:
+    return t.stride(1) == 1
+
+
+def _operands(a: Tensor, b: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """a [M, K], b and up [N, K] in layouts that the kernels read; copies only of the others."""
     if a.dtype == torch.float32:
-        return [a, *matrices]
-    found = [t if t is None or _loadable(t) else _aligned(t) for t in (a, *matrices)]
-    inner = [t is None or t.stride(1) == 1 for t in found]
-    if found[2] is not None and inner[1] != inner[2]:
-        found[1:], inner[1:] = [t if i else _aligned(t) for t, i in zip(found[1:], inner[1:],
-                                                                        strict=True)], [True] * 2  # fmt: skip
-    if not inner[0] and inner[1]:
-        found[0] = _aligned(a)
-    return found
+        return a, b, up
+    a, b, up = (t if t is None or _loadable(t) else _aligned(t) for t in (a, b, up))
+    if up is not None and _inner(b) != _inner(up):
+        b, up = (t if _inner(t) else _aligned(t) for t in (b, up))
+    if _inner(b) and not _inner(a):  # there is no kernel for this pair
+        a = _aligned(a)
+    return a, b, up
 
 
 def _gemm(

@@ -12,8 +12,6 @@ from llmkern.specs import NormSpec
 def supports(spec: NormSpec) -> str | None:
     if spec.cols > _ext.INT32_MAX or spec.rows > _ext.INT32_MAX:
         return "its kernels index rows and columns with 32 bits each"
-    if spec.dropout_p == 1.0:
-        return "its kernels do not drop everything"
     return _ext.refusal(spec.device, spec.dtype, spec.x_dtype, spec.weight_dtype or spec.dtype)
 
 
@@ -44,9 +42,7 @@ def forward(
     weight, bias = contiguous(weight), contiguous(bias)
     y = _empty(x, spec.dtype)
     z = _empty(x, spec.dtype) if spec.keep_z else None
-    statistics = torch.empty(
-        1 if spec.rms else 2, spec.rows, dtype=torch.float32, device=x.device
-    )
+    statistics = torch.empty(1 if spec.rms else 2, spec.rows, dtype=torch.float32, device=x.device)
     with Launch(x, spec) as launch:
         launch.norm_fwd(
             _shape(spec),
