@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import llmkern
-from llmkern.bench import command, gate, registry
+from llmkern.bench import command, gate, kernel_table, registry
 from llmkern.bench.suites import kernels
 from llmkern.errors import LlmkernError
 
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_check(commands)
     _add_explain(commands)
+    kernel_table.add_parser(commands)
     return made
 
 

@@ -148,7 +148,7 @@ def resolve(op: str, spec: tuple, backend: str | None = None) -> ModuleType:
     if decision.rejected:
         _report_fallback(op, decision)
     else:
-        if len(_choices) >= 4096:  # specs hold sizes: a stream of new ones must not grow it for ever
+        if len(_choices) >= 4096:  # specs hold sizes: new ones must not make it grow for ever
             _choices.clear()
         _choices[key] = module
     return module

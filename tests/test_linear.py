@@ -157,6 +157,23 @@ def test_empty_sizes(backend, shape):
     assert not dx.isnan().any() and not dw.isnan().any() and not db.isnan().any()
 
 
+def test_views_to_be_negated(backend):
+    """z.conj().imag is one: the numbers in its memory have the other sign."""
+    x, weight = (torch.randn(m, 24, dtype=torch.complex64).conj().imag for m in (5, 7))
+    assert x.is_neg() and weight.is_neg()
+    plain, expected = weight.resolve_neg(), F.linear(x, weight)
+    torch.testing.assert_close(linear(x, plain), expected)
+    torch.testing.assert_close(linear(x.resolve_neg(), weight), expected)
+    leaf, pairs = torch.randn(5, 24, requires_grad=True), torch.randn(5, 7, 2)
+
+    def loss(function):  # its gradient comes to `function` as such a view
+        z = torch.complex(pairs[..., 0], function(leaf, plain)).conj().resolve_conj()
+        return (torch.view_as_real(z) * pairs).sum()
+
+    found, expected = (torch.autograd.grad(loss(f), leaf)[0] for f in (linear, F.linear))
+    torch.testing.assert_close(found, expected)
+
+
 def test_vector_input_and_vector_weight(backend):
     x, w, v = torch.randn(12), torch.randn(5, 12), torch.randn(12)
     torch.testing.assert_close(linear(x, w), F.linear(x, w))

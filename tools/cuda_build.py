@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,12 +101,18 @@ def _shared_runtime(toolkit: Toolkit) -> Path:
     return sorted(toolkit.lib.glob("libcudart.so.*"), key=lambda path: len(path.name))[0]
 
 
-def ninja_lines(root: Path, toolkit: Toolkit, product: Path, emulated: Path, path) -> list[str]:
+def ninja_lines(
+    root: Path,
+    toolkit: Toolkit,
+    product: Path,
+    emulated: Path,
+    path: Callable[[Path], str],
+) -> list[str]:
     """Kernels by nvcc, bindings by the C++ compiler, and two links of the same objects.
 
     product: the CUDA runtime inside (static): needs no CUDA files where it runs.
     emulated: libcudart.so.13 left to be provided, so that the runtime calls can be served by
-        llmkern's emulator. `path` escapes a path for ninja.
+        llmkern's emulator. path: escapes a path for ninja.
     """
     includes = f"-I{path(root / 'csrc/include')} -I{path(root / CUDA)}"
     lines = [
@@ -125,7 +132,7 @@ def ninja_lines(root: Path, toolkit: Toolkit, product: Path, emulated: Path, pat
     for source in sorted((root / CUDA).glob("bindings_*.cpp")):
         objects.append(f"cuda.{source.stem}.o")
         lines.append(f"build {objects[-1]}: compile {path(source.resolve())}")
-        lines.append(f"  extra = -I{path(root / CUDA)}")
+        lines.append(f"  extra = -O2 -I{path(root / CUDA)}")
     runtimes = {
         product: f"-L{path(toolkit.lib)} -lcudart_static -lrt -lpthread -ldl"
         " -Wl,--exclude-libs,ALL",
@@ -135,7 +142,7 @@ def ninja_lines(root: Path, toolkit: Toolkit, product: Path, emulated: Path, pat
         name = output.name.split(".")[0]
         module = path((root / CUDA / "bindings.cpp").resolve())
         lines.append(f"build {name}.o: compile {module}")
-        lines.append(f"  extra = -DLLMKERN_MODULE={name} -I{path(root / CUDA)}")
+        lines.append(f"  extra = -O2 -DLLMKERN_MODULE={name} -I{path(root / CUDA)}")
         inputs = " ".join([*objects, f"{name}.o"])
         lines.append(f"build {path(output.resolve())}: cuda_link {inputs}")
         lines.append(f"  libs = {libs}")

@@ -322,14 +322,16 @@ class BwdBlock {
   // dbias is one number for this head: its gradient is summed over the panel first.
   bool bias_is_one() const { return a_.dbias_stride[2] == 0 && a_.dbias_stride[3] == 0; }
 
-  // Idle lanes hold 0.
+  // Idle lanes are no query's: where a key holds NaN they do too, seen by a query or not.
   void add_bias_gradient(Elements& at, V ds, int64_t r, int v) const {
     const int64_t* stride = a_.dbias_stride;
+    const int64_t first = v * V::kLanes, n = min_of<int64_t>(V::kLanes, at.block.lanes - first);
+    if (n <= 0) return;
+    if (n < V::kLanes) ds = V::keep(V::Mask::first(static_cast<int>(n)), ds);
     if (bias_is_one()) {
       at.bias_sum = at.bias_sum + ds;
       return;
     }
-    const int64_t first = v * V::kLanes, n = min_of<int64_t>(V::kLanes, at.block.lanes - first);
     C* out = at.dbias_at(a_, b_, h_) + first * stride[2] + r * stride[3];
     if (stride[2] == 0) {
       *out += ds.sum();

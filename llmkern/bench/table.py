@@ -117,6 +117,8 @@ def print_run(run: Run, out: Console) -> None:
         out.print(memory_table(run.memory))
     if run.training:
         out.print(training_table(run.training))
+    for note in text.notes(run.rows):
+        out.print(note, highlight=False)
     for row in run.rows:
         if row.status != "ok":
             style = "bold red" if row.status == "failed" else "yellow"

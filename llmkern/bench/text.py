@@ -62,3 +62,9 @@ def title(row: Row) -> str:
 
 def engine(row: Row) -> str:
     return f"{row.backend}/{row.isa}" if row.isa else row.backend
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """Variants whose work differs from their case's, each once: "name: how"."""
+    found = {(v.name, v.note) for row in rows for v in row.variants if v.note and v.timing}
+    return [f"{name}: {note}" for name, note in sorted(found)]

@@ -1,8 +1,8 @@
 """What a module's forward costs before the kernel: reads of parameters, and TorchFunctionModes
 (override, torch.set_default_device, ...).
 
-Under a mode every read of a tensor's shape, dtype or device is a call of the mode, about 2 us each, and a
-kernel call reads dozens.
+Under a mode every read of a tensor's shape, dtype or device is a call of the mode, about 2 us each,
+and a kernel call reads dozens.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from torch.nn import Module
 def parameter(module: Module, name: str) -> Tensor | None:
     """module.<name>, past nn.Module.__getattr__, which takes 0.5 us a read.
 
-    A parametrized or pruned weight is an attribute or a property, not a registered parameter.
+    A parametrized or pruned weight is an attribute or a property, not a registered parameter; a
+    forward reads it once, because a parametrization computes it anew each time.
     """
     if torch.compiler.is_compiling():
         return getattr(module, name)

@@ -27,6 +27,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = parameter(self, "weight")
-        if dispatch.unserved(x, weight):
+        if dispatch.unserved(x, weight) or promotes(x, weight):
             return super().forward(x)
         return outside_modes(functional.rms_norm, x, self.normalized_shape, weight, self.eps)
+
+
+def promotes(x: Tensor, weight: Tensor | None) -> bool:
+    """True for a pair of dtypes that torch's RMSNorm takes and the kernel does not, which wants
+    one dtype, or a float32 weight beside a 16-bit x."""
+    if weight is None or weight.dtype == x.dtype:
+        return False
+    return weight.dtype != torch.float32 or x.dtype == torch.float64

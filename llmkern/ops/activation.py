@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmkern import checks, dispatch
 from llmkern.errors import ArgumentError, BackendError, ShapeError
-from llmkern.ops.library import Plans, define, direct_apply, in_functorch, signature
+from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
 from llmkern.specs import ActivationSpec
 
 
@@ -65,7 +65,7 @@ def _activation(x: Tensor, name: str, inplace: bool, backend: str | None) -> Ten
     if inplace:
         _check_writable(name, x)
     if key is None:
-        if in_functorch():
+        if in_transform():
             return dispatch.module_of("reference", "activation").forward(plan.spec, x, inplace)
         y = torch.ops.llmkern.activation(x, name, backend)
         return x.copy_(y) if inplace else y

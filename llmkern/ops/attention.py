@@ -23,7 +23,7 @@ from llmkern.ops.library import (
     Plans,
     define,
     direct_apply,
-    in_functorch,
+    in_transform,
     signature,
     wants_grad,
 )
@@ -219,7 +219,7 @@ def _run(plan, traced, q, k, v, bias, mask, key_mask, slopes, sinks, seed, backe
     """(out [B, H, S, Dv], lse [B, H, S]) of tensors in the op's form."""
     spec = plan.spec
     args = (q, k, v, bias, mask, key_mask, slopes, sinks, seed)
-    if traced and in_functorch():
+    if traced and in_transform():
         reference = dispatch.module_of("reference", "attention")
         return reference.forward(spec, *_views(q, k, v), *args[3:])
     if traced:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmkern import checks, dispatch, random
 from llmkern.errors import ArgumentError, ShapeError
-from llmkern.ops.library import Plans, define, direct_apply, in_functorch, signature
+from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
 from llmkern.specs import DropoutSpec
 
 
@@ -55,7 +55,7 @@ def dropout(
     seed = random.draw_seed(input.device)
     if key is not None:
         return _run(input, seed, plan)
-    if in_functorch():
+    if in_transform():
         return dispatch.module_of("reference", "dropout").forward(plan.spec, input, seed, inplace)
     y = torch.ops.llmkern.dropout(input, seed, p, backend)
     return input.copy_(y) if inplace else y

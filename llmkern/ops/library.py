@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
@@ -25,7 +26,7 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     """True where nothing but ordinary eager mode looks at this call."""
     if torch.compiler.is_compiling():
         return False
-    if _len_torch_dispatch_stack() or in_functorch():
+    if _len_torch_dispatch_stack() or in_transform():
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
@@ -33,10 +34,13 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     return True
 
 
-def in_functorch() -> bool:
-    """True inside torch.func (grad, vmap, jvp ...), which cannot differentiate torch.library ops:
-    there the reference backend's plain torch runs, which all of it understands."""
-    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
+def in_transform() -> bool:
+    """True inside torch.func (grad, vmap, jvp ...) and forward-mode AD, which cannot differentiate
+    torch.library ops: there the reference backend's plain torch runs, which all of it understands.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -52,7 +56,9 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def signature(*tensors: Tensor | None) -> tuple | None:
     """What a plan may depend on: the grad mode, and shape, dtype, device, layout and requires_grad
     of each tensor. None where the call is not plain eager, or an argument is no plain tensor."""
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack():
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+        return None
+    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:  # in_transform()
         return None
     key: tuple = (is_grad_enabled(),)
     for t in tensors:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmkern import checks, dispatch, numerics, random
 from llmkern.errors import ArgumentError, BackendError, ShapeError
-from llmkern.ops.library import Plans, define, direct_apply, in_functorch, signature
+from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
 from llmkern.specs import NormSpec
 
 
@@ -168,7 +168,7 @@ def _norm(
     if plan.float_residual:
         residual = residual.to(x.dtype)
     seed = random.draw_seed(x.device) if spec.dropout_p > 0.0 else None
-    if tensors is None and in_functorch():
+    if tensors is None and in_transform():
         reference = dispatch.module_of("reference", "norm")
         y, z, _ = reference.forward(spec, x, residual, weight, bias, seed)
         return (y, z) if prenorm else y

@@ -6,10 +6,8 @@ loaded on top of the emulator's runtime and serves CPU tensors.
 """
 
 import contextlib
-import ctypes
 import functools
 import importlib
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -55,13 +53,11 @@ def load() -> Loaded:
 @functools.cache
 def load_emulated() -> Loaded:
     """The module for CPU tensors under the emulator, on top of the emulator's CUDA runtime."""
-    runtimes = sorted((Path(__file__).parents[2]).glob("libcudart*.so*"))
-    if not runtimes:
-        return Loaded(None, "the emulator's CUDA runtime was not built")
     try:
-        ctypes.CDLL(str(runtimes[0]), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        return Loaded(None, f"the emulator's CUDA runtime does not load: {error}")
+        # By name: the emulator serves the GPU backends, which know it only as a CUDA runtime.
+        importlib.import_module("llmkern.emulator.cudart").stand_in()
+    except BackendError as error:
+        return Loaded(None, str(error))
     return _import("_C_cuda_emulated")
 
 
@@ -96,7 +92,7 @@ class Launch:
     """A module's functions on the device and the current stream of a tensor.
 
         with Launch(x, spec) as launch:
-            launch.norm_fwd(...)
+            launch.norm_fwd(address(x), ...)
 
     Raises:
         BackendError: a launch failed; names the kernel, the call and what the runtime said.
@@ -119,6 +115,7 @@ class Launch:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.guard.__exit__(kind, error, traceback)
+        target.hide_all()
 
     def __getattr__(self, name: str):
         function = getattr(self.module, name)
@@ -130,6 +127,16 @@ class Launch:
                 raise BackendError(f"cuda: {error} ({self.spec})") from error
 
         return run
+
+
+def address(t: Tensor | None) -> int:
+    """The address that the bindings take; 0 for None. Until the Launch ends, emulated kernels may
+    touch the tensor."""
+    if t is None:
+        return 0
+    if t.is_cpu:
+        target.show(t)
+    return t.data_ptr()
 
 
 def rows_of(t: Tensor, rows: int, cols: int) -> tuple[Tensor, int]:
@@ -144,8 +151,3 @@ def rows_of(t: Tensor, rows: int, cols: int) -> tuple[Tensor, int]:
 
 def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
-
-
-def address(t: Tensor | None) -> int:
-    """The address that the bindings take; 0 for None."""
-    return 0 if t is None else t.data_ptr()

@@ -60,7 +60,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _code(t: Tensor | None) -> tuple:
-    return (0, (0, 0, 0)) if t is None else (t.data_ptr(), t.stride()[:3])
+    return (0, (0, 0, 0)) if t is None else (address(t), t.stride()[:3])
 
 
 def _inputs(
@@ -91,7 +91,7 @@ def forward(
     out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype, device=q.device).transpose_(1, 2)
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
     with Launch(q, spec) as launch:
-        launch.attention_fwd(_shape(spec, seed), codes, _code(out), lse.data_ptr())
+        launch.attention_fwd(_shape(spec, seed), codes, _code(out), address(lse))
     del alive
     return out, lse
 
@@ -135,10 +135,10 @@ def backward(
             _shape(spec, seed),
             codes,
             (*_code(out), *_code(dout)),
-            lse.data_ptr(),
+            address(lse),
             address(dlse),
             tuple(part for rows, _ in pairs for part in _code(rows)),
-            delta.data_ptr(),
+            address(delta),
         )
     del alive
     for rows, result in pairs:

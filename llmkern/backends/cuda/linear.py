@@ -74,9 +74,9 @@ def _gemm(
     epilogue = (
         ACTIVATION_CODES[activation], address(bias[0]), address(bias[1]), address(preact[0]),
         address(preact[1]), address(residual), 0 if residual is None else residual.stride(0),
-        threshold, address(seed), y.data_ptr(), n,
+        threshold, address(seed), address(y), n,
     )  # fmt: skip
-    launch.gemm(shape, a.data_ptr(), b.data_ptr(), address(up), epilogue)
+    launch.gemm(shape, address(a), address(b), address(up), epilogue)
     return y
 
 
@@ -179,16 +179,16 @@ def _product_gradients(
         rows,
         cols,
         ACTIVATION_CODES[spec.activation],
-        dy_rows.data_ptr(),
+        address(dy_rows),
         dy_stride,
-        preact.data_ptr() if spec.activation is not None else 0,
-        up_preact.data_ptr() if spec.gated else 0,
+        address(preact) if spec.activation is not None else 0,
+        address(up_preact) if spec.gated else 0,
         random.threshold(spec.dropout_p) if spec.dropout_p else 0,
         address(seed),
         address(g),
         address(gu),
-        dbias.data_ptr() if wants[3] else 0,
-        dup_bias.data_ptr() if wants[4] else 0,
-        scratch.data_ptr(),
+        address(dbias) if wants[3] else 0,
+        address(dup_bias) if wants[4] else 0,
+        address(scratch),
     )
     return (dy.reshape(rows, cols) if g is None else g), gu, dbias, dup_bias

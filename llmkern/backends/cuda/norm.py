@@ -47,15 +47,15 @@ def forward(
         launch.norm_fwd(
             _shape(spec),
             address(seed),
-            x_rows.data_ptr(),
+            address(x_rows),
             x_stride,
             address(residual_rows),
             residual_stride,
             address(weight),
             address(bias),
             address(z),
-            y.data_ptr(),
-            statistics.data_ptr(),
+            address(y),
+            address(statistics),
         )
     return y, z, statistics
 
@@ -89,17 +89,17 @@ def backward(
         launch.norm_bwd(
             _shape(spec),
             address(seed),
-            z_rows.data_ptr(),
+            address(z_rows),
             z_stride,
             address(weight),
-            statistics.data_ptr(),
-            dy_rows.data_ptr(),
+            address(statistics),
+            address(dy_rows),
             dy_stride,
             address(dz),
             address(dx),
             address(dresidual),
             address(dweight),
             address(dbias),
-            scratch.data_ptr(),
+            address(scratch),
         )
     return dx, dresidual, dweight, dbias

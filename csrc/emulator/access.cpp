@@ -1,0 +1,295 @@
+#include "access.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "global_shadow.h"
+
+namespace llmkern {
+namespace emulator {
+namespace {
+
+constexpr int kSector = 32, kBanks = 32, kBankBytes = 4;
+
+std::string hex(uint64_t v) {
+  char text[24];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(v));
+  return text;
+}
+
+[[noreturn]] void fail(const char* check, const std::string& message, int lane) {
+  throw Fault{check, message, lane, -1};
+}
+
+struct Range {
+  uint64_t lowest = ~uint64_t{0}, highest = 0, bits = 0;
+};
+
+Range range_of(uint32_t mask, const uint64_t* address) {
+  Range r;
+  const auto include = [&](int l) {
+    r.lowest = std::min(r.lowest, address[l]);
+    r.highest = std::max(r.highest, address[l]);
+    r.bits |= address[l];
+  };
+  if (mask == kAllLanes) {
+    for (int l = 0; l < kLanes; ++l) include(l);
+  } else {
+    for_lanes(mask, include);
+  }
+  return r;
+}
+
+void check_alignment(uint32_t mask, const uint64_t* address, int bytes, const Range& range,
+                     const char* verb, const char* memory) {
+  const auto low = static_cast<uint64_t>(bytes - 1);
+  if ((range.bits & low) == 0) return;
+  for_lanes(mask, [&](int l) {
+    if ((address[l] & low) != 0) {
+      fail("misaligned", std::string(verb) + " of " + std::to_string(bytes) + " bytes in " + memory +
+                             " memory at " + hex(address[l]), l);
+    }
+  });
+}
+
+// Distinct values of v[0..n), which is sorted in place if it is not.
+int distinct(uint64_t* v, int n) {
+  if (!std::is_sorted(v, v + n)) std::sort(v, v + n);
+  int count = n > 0;
+  for (int i = 1; i < n; ++i) count += v[i] != v[i - 1];
+  return count;
+}
+
+// Passes of the banks over one phase: the most distinct words that one bank has to give.
+int passes(const uint64_t* words, int n, int* different) {
+  uint64_t seen[kBanks][kLanes];
+  uint8_t count[kBanks] = {};
+  int most = 0, total = 0;
+  for (int i = 0; i < n; ++i) {
+    const int bank = static_cast<int>(words[i] % kBanks);
+    bool known = false;
+    for (int j = 0; j < count[bank] && !known; ++j) known = seen[bank][j] == words[i];
+    if (known) continue;
+    seen[bank][count[bank]++] = words[i];
+    most = std::max<int>(most, count[bank]);
+    ++total;
+  }
+  *different = total;
+  return most;
+}
+
+}  // namespace
+
+void effective_addresses(Warp& w, const Instr& in, uint64_t* address) {
+  if (in.wide_address) {
+    const uint64_t* base = w.at<uint64_t>(in.r[in.address]);
+    for (int l = 0; l < kLanes; ++l) address[l] = base[l] + static_cast<uint64_t>(in.imm);
+  } else {
+    const uint32_t* base = w.at<uint32_t>(in.r[in.address]);
+    const auto offset = static_cast<uint32_t>(in.imm);
+    for (int l = 0; l < kLanes; ++l) address[l] = base[l] + offset;
+  }
+}
+
+void check_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
+                  const char* verb) {
+  const auto size = static_cast<uint64_t>(bytes);
+  const Range range = range_of(mask, address);
+  const Allocation*& hint = w.worker->hints[static_cast<size_t>(in.index)];
+  if (w.options->bounds) {
+    const bool hit = hint != nullptr && range.lowest >= hint->begin && range.highest <= hint->end - size &&
+                     hint->end - hint->begin >= size;
+    if (!hit) {
+      for_lanes(mask, [&](int l) {
+        hint = w.launch->registry.find(address[l], size);
+        if (hint != nullptr) return;
+        fail("out of bounds", std::string(verb) + " of " + std::to_string(bytes) + " bytes of global memory at " +
+                 hex(address[l]) + ": " + w.launch->registry.describe(address[l]), l);
+      });
+    }
+    check_alignment(mask, address, bytes, range, verb, "global");
+  }
+}
+
+void check_shared(Warp& w, const Instr&, uint32_t mask, const uint64_t* address, int bytes,
+                  const char* verb) {
+  const auto end = static_cast<uint64_t>(w.launch->shared_bytes());
+  const auto size = static_cast<uint64_t>(bytes);
+  const Range range = range_of(mask, address);
+  if (range.highest + size > end || range.highest + size < size) {
+    for_lanes(mask, [&](int l) {
+      if (address[l] + size <= end && address[l] + size >= size) return;
+      fail("out of bounds", std::string(verb) + " of " + std::to_string(bytes) + " bytes of shared memory at " +
+               hex(address[l]) + ", which ends at " + hex(end), l);
+    });
+  }
+  check_alignment(mask, address, bytes, range, verb, "shared");
+}
+
+void count_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
+  if (!w.options->counters) return;
+  Count& c = w.worker->counts[static_cast<size_t>(in.index)];
+  uint64_t where[kLanes], sectors[kLanes];
+  int n = 0;
+  for_lanes(mask, [&](int l) { where[n++] = address[l]; });
+  c.bytes += static_cast<uint64_t>(n * bytes);
+  const int different = distinct(where, n);
+  for (int i = 0; i < n; ++i) sectors[i] = where[i] / kSector;
+  c.sectors += static_cast<uint64_t>(distinct(sectors, n));
+  c.ideal_sectors += static_cast<uint64_t>((different * bytes + kSector - 1) / kSector);
+}
+
+void count_shared(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
+  if (!w.options->counters) return;
+  Count& c = w.worker->counts[static_cast<size_t>(in.index)];
+  // Wider accesses go in phases of 128 bytes: half warps for 8 bytes, quarters for 16.
+  const int lanes = bytes <= 4 ? kLanes : kLanes * 4 / bytes;
+  for (int begin = 0; begin < kLanes; begin += lanes) {
+    uint64_t words[kLanes];
+    int n = 0;
+    for (int l = begin; l < begin + lanes; ++l) {
+      if ((mask >> l & 1) == 0) continue;
+      c.bytes += static_cast<uint64_t>(bytes);
+      for (int b = 0; b < std::max(bytes, kBankBytes); b += kBankBytes) {
+        words[n++] = (address[l] + static_cast<uint64_t>(b)) / kBankBytes;
+      }
+    }
+    if (n == 0) continue;
+    int different = 0;
+    bool in_row = true;
+    for (int i = 1; i < n && in_row; ++i) in_row = words[i] == words[0] + static_cast<uint64_t>(i);
+    c.wavefronts += in_row ? 1 : static_cast<uint64_t>(passes(words, n, &different));
+    c.ideal_wavefronts += in_row ? 1 : static_cast<uint64_t>((different + kBanks - 1) / kBanks);
+  }
+}
+
+namespace {
+
+void local_pointers(Warp& w, uint32_t mask, const uint64_t* address, int bytes, char** to) {
+  const auto end = static_cast<uint64_t>(w.launch->kernel->local_bytes);
+  for_lanes(mask, [&](int l) {
+    if (address[l] + static_cast<uint64_t>(bytes) > end || address[l] > end) {
+      fail("out of bounds", "access of " + std::to_string(bytes) + " bytes of local memory at " + hex(address[l]) +
+               ", which ends at " + hex(end), l);
+    }
+    to[l] = w.local + static_cast<uint64_t>(l) * end + address[l];
+  });
+  check_alignment(mask, address, bytes, range_of(mask, address), "access", "local");
+}
+
+void parameter_pointers(Warp& w, uint32_t mask, const uint64_t* address, int bytes, char** to) {
+  const uint64_t end = w.launch->parameters.size();
+  for_lanes(mask, [&](int l) {
+    if (address[l] + static_cast<uint64_t>(bytes) > end || address[l] > end) {
+      fail("out of bounds", "read of " + std::to_string(bytes) + " bytes past the parameters, at " + hex(address[l]), l);
+    }
+    to[l] = const_cast<char*>(w.launch->parameters.data()) + address[l];
+  });
+}
+
+// Calls f(space, lanes, addresses) for the lanes of each window of generic addresses.
+template <class F>
+void by_window(uint32_t mask, const uint64_t* address, const F& f) {
+  const std::pair<uint64_t, Space> windows[] = {{kSharedWindow, Space::kShared}, {kLocalWindow, Space::kLocal}};
+  for (const auto& window : windows) {
+    uint32_t lanes = 0;
+    for_lanes(mask, [&](int l) { lanes |= uint32_t{(address[l] & kWindowMask) == window.first} << l; });
+    if (lanes == 0) continue;
+    uint64_t inside[kLanes] = {};
+    for_lanes(lanes, [&](int l) { inside[l] = address[l] & ~kWindowMask; });
+    f(window.second, lanes, inside);
+    mask &= ~lanes;
+  }
+  if (mask != 0) f(Space::kGlobal, mask, address);
+}
+
+void host_pointers(uint32_t mask, const uint64_t* address, char** to) {
+  (void)mask;
+  for (int l = 0; l < kLanes; ++l) to[l] = reinterpret_cast<char*>(address[l]);
+}
+
+}  // namespace
+
+void resolve_read(Warp& w, const Instr& in, uint32_t mask, Space space, const uint64_t* address,
+                  int bytes, char** to) {
+  switch (space) {
+    case Space::kGlobal:
+      check_global(w, in, mask, address, bytes, "read");
+      count_global(w, in, mask, address, bytes);
+      return host_pointers(mask, address, to);
+    case Space::kShared:
+      check_shared(w, in, mask, address, bytes, "read");
+      count_shared(w, in, mask, address, bytes);
+      if (w.options->races || w.options->uninitialised) {
+        for_lanes(mask, [&](int l) { w.worker->shadow.read(w, in, l, static_cast<uint32_t>(address[l]), bytes); });
+      }
+      for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
+      return;
+    case Space::kLocal: return local_pointers(w, mask, address, bytes, to);
+    case Space::kParam: return parameter_pointers(w, mask, address, bytes, to);
+    case Space::kConst: return host_pointers(mask, address, to);
+    default:
+      by_window(mask, address, [&](Space inner, uint32_t lanes, const uint64_t* inside) {
+        char* part[kLanes];
+        resolve_read(w, in, lanes, inner, inside, bytes, part);
+        for_lanes(lanes, [&](int l) { to[l] = part[l]; });
+      });
+  }
+}
+
+void resolve_write(Warp& w, const Instr& in, uint32_t mask, Space space, const uint64_t* address,
+                   int bytes, const char* data, int stride, char** to) {
+  switch (space) {
+    case Space::kGlobal:
+      check_global(w, in, mask, address, bytes, "write");
+      count_global(w, in, mask, address, bytes);
+      if (w.options->global_races) record_global_stores(w, in, mask, address, bytes, data, stride);
+      return host_pointers(mask, address, to);
+    case Space::kShared:
+      check_shared(w, in, mask, address, bytes, "write");
+      count_shared(w, in, mask, address, bytes);
+      if (w.options->races || w.options->uninitialised) {
+        for_lanes(mask, [&](int l) {
+          w.worker->shadow.write(w, in, l, static_cast<uint32_t>(address[l]), bytes, data + l * stride);
+        });
+      }
+      for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
+      return;
+    case Space::kLocal: return local_pointers(w, mask, address, bytes, to);
+    case Space::kParam:
+    case Space::kConst: fail("read-only memory", "write to parameters or constants", -1);
+    default:
+      by_window(mask, address, [&](Space inner, uint32_t lanes, const uint64_t* inside) {
+        char* part[kLanes];
+        resolve_write(w, in, lanes, inner, inside, bytes, data, stride, part);
+        for_lanes(lanes, [&](int l) { to[l] = part[l]; });
+      });
+  }
+}
+
+void resolve_atomic(Warp& w, const Instr& in, uint32_t mask, Space space, const uint64_t* address,
+                    int bytes, char** to) {
+  if (space == Space::kGeneric) {
+    return by_window(mask, address, [&](Space inner, uint32_t lanes, const uint64_t* inside) {
+      char* part[kLanes];
+      resolve_atomic(w, in, lanes, inner, inside, bytes, part);
+      for_lanes(lanes, [&](int l) { to[l] = part[l]; });
+    });
+  }
+  if (space == Space::kShared) {
+    check_shared(w, in, mask, address, bytes, "atomic");
+    count_shared(w, in, mask, address, bytes);
+    for_lanes(mask, [&](int l) {
+      w.worker->shadow.atomic(w, in, l, static_cast<uint32_t>(address[l]), bytes);
+      to[l] = w.shared + address[l];
+    });
+    return;
+  }
+  if (space != Space::kGlobal) fail("out of bounds", "atomic on local memory", -1);
+  check_global(w, in, mask, address, bytes, "atomic");
+  count_global(w, in, mask, address, bytes);
+  host_pointers(mask, address, to);
+}
+
+}  // namespace emulator
+}  // namespace llmkern

@@ -1,0 +1,55 @@
+// Global memory: the allocations that a launch may touch, and who wrote them.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ir.h"
+
+namespace llmkern {
+namespace emulator {
+
+// A tensor as the caller knows it; several may lie in one allocation.
+struct Tensor {
+  std::string name;
+  uint64_t begin = 0, end = 0;
+  uint32_t element_bytes = 1;
+};
+
+// The earliest CTA that stored an element in this launch, and what it stored. All zero: nobody.
+struct StoreRecord {
+  uint32_t after_position;  // position + 1
+  uint32_t value;           // folded to 32 bits
+  int32_t index;            // instruction
+};
+
+struct Release {
+  void operator()(void* p) const { std::free(p); }
+};
+
+struct Allocation {
+  uint64_t begin = 0, end = 0;
+  uint32_t granule = 1;  // bytes of a shadow element
+  std::vector<Tensor> tensors;
+  mutable std::atomic_flag lock = ATOMIC_FLAG_INIT;
+  mutable std::unique_ptr<StoreRecord[], Release> stores;  // made, zeroed, at the first store
+};
+
+class Registry {
+ public:
+  // Overlapping tensors become one allocation. `slack`: round ends to 4 bytes.
+  void build(std::vector<Tensor> tensors, bool slack);
+  const Allocation* find(uint64_t address, uint64_t bytes) const;
+  // "x + 4096 bytes, element [1024] of 1024 ..." for reports.
+  std::string describe(uint64_t address) const;
+
+ private:
+  std::vector<std::unique_ptr<Allocation>> allocations_;  // by begin
+};
+
+}  // namespace emulator
+}  // namespace llmkern

@@ -1,0 +1,143 @@
+// cp.async: queued at its issue, done at the wait for its group. Until then its destination belongs
+// to nobody. The bytes count as written by the issuing warp when the wait is over, so a barrier
+// after the wait is needed before other warps read them.
+#include <cstring>
+
+#include "access.h"
+#include "lanes.h"
+#include "modifiers.h"
+
+namespace llmkern {
+namespace emulator {
+namespace {
+
+void land(Warp& w, const AsyncCopy& copy, uint32_t lanes, int index) {
+  for_lanes(lanes, [&](int l) {
+    char* to = w.shared + copy.to[l];
+    std::memcpy(to, reinterpret_cast<const char*>(copy.from[l]), copy.size[l]);
+    std::memset(to + copy.size[l], 0, copy.bytes - copy.size[l]);
+    if (w.options->races || w.options->uninitialised) w.worker->shadow.land_copy(w, index, copy.to[l], copy.bytes);
+  });
+}
+
+// r: to, from, size of the source; imm and mode: their offsets.
+void issue(Warp& w, const Instr& in, uint32_t mask) {
+  uint64_t to[kLanes], from[kLanes];
+  const uint32_t* size = w.at<uint32_t>(in.r[2]);
+  effective_addresses(w, in, to);
+  const uint64_t* base = w.at<uint64_t>(in.r[1]);
+  uint32_t reading = 0;
+  AsyncCopy copy;
+  copy.bytes = in.bytes;
+  copy.index = in.index;
+  for_lanes(mask, [&](int l) {
+    to[l] &= ~kWindowMask;
+    from[l] = base[l] + static_cast<uint64_t>(static_cast<int32_t>(in.mode));
+    if (size[l] > in.bytes) throw Fault{"bad cp.async", "a source of " + std::to_string(size[l]) + " bytes for a copy of " + std::to_string(in.bytes), l, -1};
+    if (size[l] != 0) reading |= 1u << l;
+    copy.to[l] = static_cast<uint32_t>(to[l]);
+    copy.from[l] = from[l];
+    copy.size[l] = size[l];
+  });
+  check_shared(w, in, mask, to, in.bytes, "cp.async write");
+  count_shared(w, in, mask, to, in.bytes);
+  if (reading != 0) {
+    uint32_t whole = 0;
+    for_lanes(reading, [&](int l) { whole |= uint32_t{size[l] == in.bytes} << l; });
+    if (whole != 0) check_global(w, in, whole, from, in.bytes, "cp.async read");
+    for_lanes(reading & ~whole, [&](int l) {  // only the first bytes are read
+      uint64_t byte[kLanes];
+      for (uint32_t i = 0; i < size[l]; ++i) {
+        byte[l] = from[l] + i;
+        check_global(w, in, 1u << l, byte, 1, "cp.async read");
+      }
+    });
+    count_global(w, in, reading, from, in.bytes);
+  }
+  if (w.options->races || w.options->uninitialised) {
+    for_lanes(mask, [&](int l) { w.worker->shadow.launch_copy(w, in, l, copy.to[l], in.bytes); });
+  }
+  // Lanes that have committed different numbers of groups are kept apart.
+  for (uint32_t left = mask; left != 0;) {
+    const uint32_t group = w.committed[__builtin_ctz(left)];
+    copy.mask = 0;
+    for_lanes(left, [&](int l) { copy.mask |= uint32_t{w.committed[l] == group} << l; });
+    copy.group = group;
+    w.copies.push_back(copy);
+    left &= ~copy.mask;
+  }
+}
+
+void commit(Warp& w, const Instr&, uint32_t mask) {
+  for_lanes(mask, [&](int l) { ++w.committed[l]; });
+}
+
+// imm: groups that may stay under way; mode 1: none, committed or not.
+void wait(Warp& w, const Instr& in, uint32_t mask) {
+  size_t kept = 0;
+  for (AsyncCopy& copy : w.copies) {
+    uint32_t done = 0;
+    for_lanes(copy.mask & mask, [&](int l) {
+      const int64_t open = int64_t{w.committed[l]} - in.imm;
+      done |= uint32_t{in.mode != 0 || int64_t{copy.group} < open} << l;
+    });
+    land(w, copy, done, in.index);
+    copy.mask &= ~done;
+    if (copy.mask != 0) w.copies[kept++] = copy;
+  }
+  w.copies.resize(kept);
+}
+
+void decode_copy(Decoder& d) {
+  const bool all_levels = d.take_one_of({"ca", "cg"}) == 0;
+  d.take_one_of({"shared", "shared::cta"});
+  d.take_one_of({"global"});
+  const bool hint = d.take("L2::cache_hint");
+  d.take_optional({"L2::64B", "L2::128B", "L2::256B"});
+  d.expect(3, hint ? 5 : 4);
+  d.address(1, Space::kGlobal);
+  const int64_t from_offset = d.out.imm;
+  if (from_offset != static_cast<int32_t>(from_offset)) d.fail("the offset is too large");
+  const uint32_t from = d.out.r[0];
+  d.out.operands = 0;
+  d.address(0, Space::kShared);
+  d.append(from, false);
+  d.out.mode = static_cast<uint32_t>(static_cast<int32_t>(from_offset));
+  const uint32_t bytes = d.integer(2);
+  if (bytes != 16 && (!all_levels || (bytes != 4 && bytes != 8))) d.fail("copies are of 4, 8 or 16 bytes, .cg of 16");
+  d.out.bytes = static_cast<uint8_t>(bytes);
+  const int extra = d.count() - 3 - (hint ? 1 : 0);
+  if (extra > 0) {
+    d.src(3, Type::kU32);
+  } else {
+    d.append(d.builder->constant(bytes, 4), false);
+  }
+  d.out.klass = Class::kAsyncCopy;
+  d.out.run = &issue;
+}
+
+void decode_cp(Decoder& d) {
+  d.take_one_of({"async"});
+  d.out.klass = Class::kAsyncCopy;
+  if (d.take("commit_group")) {
+    d.expect(0);
+    d.out.run = &commit;
+  } else if (d.take("wait_group")) {
+    d.expect(1);
+    d.out.imm = d.integer(0);
+    d.out.run = &wait;
+  } else if (d.take("wait_all")) {
+    d.expect(0);
+    d.out.mode = 1;
+    d.out.run = &wait;
+  } else {
+    decode_copy(d);
+  }
+}
+
+}  // namespace
+
+void add_async_opcodes(OpcodeTable* table) { (*table)["cp"] = decode_cp; }
+
+}  // namespace emulator
+}  // namespace llmkern

@@ -1,0 +1,31 @@
+// Words, numbers and punctuation of PTX text. An opcode with its modifiers is one word; so is a
+// special register (%tid.x). Comments are dropped, but for the "@[ ... ]" chains of inlined calls.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "ptx_ast.h"
+
+namespace llmkern {
+namespace emulator {
+
+struct Token {
+  enum Kind { kWord, kNumber, kString, kPunctuation, kEnd };
+  Kind kind = kEnd;
+  std::string text;
+  int line = 0;
+
+  bool is(const char* s) const { return kind != kString && text == s; }
+};
+
+struct TokenList {
+  std::vector<Token> tokens;              // the last one is kEnd
+  std::map<int, std::string> inlined_at;  // PTX line -> "file.py:17:18" of a comment @[ ... ]
+};
+
+TokenList tokenize(const std::string& text);
+
+}  // namespace emulator
+}  // namespace llmkern

@@ -1,0 +1,58 @@
+// What is known of each 4-byte word of shared memory: who wrote and read it last and when, which
+// bytes are set, which wait for a cp.async. Order between warps is by epochs: an access is ordered
+// before a warp's next one if that warp has `seen` the epoch of the accessing warp (barriers join
+// what warps have seen). Lanes of one warp are not checked against each other.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace llmkern {
+namespace emulator {
+
+struct Warp;
+struct Instr;
+
+struct ShadowWord {
+  uint32_t write_epoch = 0;
+  uint32_t write_at = 0;  // instruction << 5 | warp
+  uint32_t read_epoch = 0;
+  uint32_t readers = 0;  // warps, at read_epoch
+  uint32_t read_at = 0;
+  uint8_t set = 0;  // byte masks
+  uint8_t write_bytes = 0;
+  uint8_t read_bytes = 0;
+  uint8_t in_flight = 0;
+};
+
+class SharedShadow {
+ public:
+  // Forgets everything in constant time: older epochs do not count any more.
+  void begin_cta(int64_t bytes);
+  uint32_t next_epoch() { return ++epoch_; }
+  uint32_t epoch() const { return epoch_; }
+
+  // One lane's access of up to 16 bytes; `now` is what a store will write. Throw Fault.
+  void read(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
+  void write(Warp& w, const Instr& in, int lane, uint32_t address, int bytes, const char* now);
+  void atomic(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
+  // cp.async: from issue to wait nobody may touch the bytes.
+  void launch_copy(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
+  void land_copy(Warp& w, int index, uint32_t address, int bytes);
+
+ private:
+  void check_read(Warp& w, const Instr& in, int lane, uint32_t address, uint8_t bytes);
+  void check_write(Warp& w, const Instr& in, int lane, uint32_t address, uint8_t bytes,
+                   const char* now);
+  void record_write(Warp& w, int index, ShadowWord* word, uint8_t bytes);
+  bool race_before_write(Warp& w, const ShadowWord& word, uint8_t bytes, bool* read) const;
+  [[noreturn]] void fail_race(Warp& w, const Instr& in, int lane, uint32_t address,
+                              const char* what, uint32_t other);
+
+  std::vector<ShadowWord> words_;
+  uint32_t epoch_ = 1;
+  uint32_t base_ = 1;  // first epoch of this CTA
+};
+
+}  // namespace emulator
+}  // namespace llmkern

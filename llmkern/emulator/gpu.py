@@ -1,0 +1,181 @@
+"""The emulated device: which architecture, which checks, what its launches counted."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from llmkern import target
+from llmkern.emulator.counters import Counters
+from llmkern.emulator.program import Options, Program, tensor_row
+from llmkern.errors import ArgumentError
+
+# Bytes of shared memory that a CTA may ask for.
+MAX_SHARED = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    87: 163 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+
+_stack: list["Device"] = []
+
+
+class Device:
+    """An emulated GPU. Made by device(); launches on it add to its counters."""
+
+    def __init__(self, capability: int, options: Options):
+        self.capability = capability
+        self.options = options
+        self.max_shared_bytes = MAX_SHARED[capability]
+        self._counters: dict[str, Counters] = {}
+        self._memory: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def register(self, tensor: torch.Tensor, name: str = "registered") -> torch.Tensor:
+        """Let kernels touch a tensor that reaches them in another way than as an argument."""
+        self._memory[tensor.data_ptr()] = (name, tensor)
+        return tensor
+
+    def launch(
+        self,
+        program: Program,
+        kernel: str,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        arguments: Sequence[Any],
+        *,
+        shared_bytes: int = 0,
+        memory: Sequence[tuple[str, int, int, int]] = (),
+    ) -> None:
+        """Program.launch with this device's options; counts are kept.
+
+        Raises:
+            EmulatorError: a check failed.
+        """
+        if shared_bytes > self.max_shared_bytes:
+            limit = f"sm_{self.capability} has {self.max_shared_bytes}"
+            raise ArgumentError(f"{kernel}: {shared_bytes} bytes of shared memory, {limit}")
+        known = [tensor_row(name, t) for name, t in self._memory.values()]
+        rows = program.launch(
+            kernel,
+            grid,
+            block,
+            arguments,
+            shared_bytes=shared_bytes,
+            memory=[*known, *memory],
+            options=self.options,
+        )
+        self._counters.setdefault(kernel, Counters()).add_launch(rows)
+
+    def counters(self, kernel: str | None = None) -> Counters:
+        """What launches counted since the device was made or reset: of one kernel, or of all."""
+        if kernel is not None:
+            return self._counters.get(kernel, Counters())
+        everything = Counters()
+        for counters in self._counters.values():
+            everything.add(counters)
+        return everything
+
+    def kernels(self) -> list[str]:
+        """Names of the kernels that ran."""
+        return list(self._counters)
+
+    def reset_counters(self) -> None:
+        self._counters.clear()
+
+    def report(self, sources: int = 10) -> str:
+        """A text: the counters of each kernel that ran, with its busiest source lines."""
+        parts = [
+            f"{kernel}: {c.launches} launches on the emulated sm_{self.capability}\n"
+            + c.table(sources)
+            for kernel, c in self._counters.items()
+        ]
+        return "\n\n".join(parts) or "nothing was launched"
+
+
+def current() -> Device:
+    """The innermost device() that is open.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if not _stack:
+        raise ArgumentError(
+            "a kernel compiled for the emulator runs inside llmkern.emulator.device"
+        )
+    return _stack[-1]
+
+
+@contextlib.contextmanager
+def device(
+    architecture: str = "sm_80",
+    *,
+    bounds: bool = True,
+    uninitialised: bool = True,
+    races: bool = True,
+    global_races: bool = True,
+    counters: bool = True,
+    threads: int | None = None,
+    seed: int = 0,
+    budget: int = 1 << 28,
+) -> Iterator[Device]:
+    """Kernels launched inside run on an emulated GPU, on CPU tensors.
+
+    Args:
+        architecture: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100" or "sm_120"; the instructions that
+            Triton and nvcc emit for sm_80 are complete, those of the others partly.
+        bounds: stop at accesses outside the arguments' tensors, and misaligned ones. Shared and
+            local memory are always checked.
+        uninitialised: stop at reads of shared memory and uses of registers that nothing has set.
+        races: stop at unordered accesses of two warps to shared memory.
+        global_races: stop where two CTAs store different values to one element; kernels with atomics
+            on global memory are left out.
+        counters: count sectors and wavefronts (warp instructions are always counted).
+        threads: host threads, torch.get_num_threads() by default. Results and reports do not depend
+            on it.
+        seed: other than 0: CTAs and warps run in an order shuffled by it.
+        budget: warp instructions after which a warp is stopped.
+
+    Raises:
+        ArgumentError: unknown architecture.
+    """
+    found = re.fullmatch(r"sm_(\d+)a?", architecture)
+    capability = int(found.group(1)) if found else 0
+    if capability not in MAX_SHARED:
+        known = ", ".join(f"sm_{c}" for c in MAX_SHARED)
+        raise ArgumentError(f"architecture must be one of {known}, got {architecture!r}")
+    options = Options(
+        bounds,
+        uninitialised,
+        races,
+        global_races,
+        counters,
+        threads or torch.get_num_threads(),
+        seed,
+        budget,
+    )
+    dev = Device(capability, options)
+    before = target.set_emulated(capability)
+    _stack.append(dev)
+    try:
+        with _triton():
+            yield dev
+    finally:
+        _stack.pop()
+        target.set_emulated(before)
+
+
+def _triton() -> contextlib.AbstractContextManager:
+    """Triton's driver replaced, where triton is installed."""
+    try:
+        from llmkern.emulator import triton_driver
+    except ModuleNotFoundError as missing:
+        if missing.name != "triton":
+            raise
+        return contextlib.nullcontext()
+    return triton_driver.installed()
