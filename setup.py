@@ -5,9 +5,12 @@ namespace of its own, and it picks one at run time. OpenMP is compiled in but no
 llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has mapped already,
 whatever its file is called there. llmkern._C_emulator executes PTX on the CPU; beside it lies the
 stand-in for libcudart.so.13 that brings it the launches of libraries built by nvcc.
+llmkern._C_cuda and llmkern._C_cuda_emulated hold the CUDA kernels, where there is an nvcc
+(tools/cuda_build.py).
 
-Environment: LLMKERN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; CXX,
-CXXFLAGS.
+Environment: LLMKERN_CUDA, LLMKERN_CUDA_ARCHS, CUDA_HOME (tools/cuda_build.py); CXX, CXXFLAGS;
+LLMKERN_SANITIZE=1 builds all but the CUDA part with AddressSanitizer and
+UndefinedBehaviorSanitizer.
 """
 
 import os
@@ -22,6 +25,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_build  # noqa: E402
+
 CPU = Path("csrc/cpu")
 EMULATOR = Path("csrc/emulator")
 CUDART = EMULATOR / "cudart"
@@ -94,6 +101,10 @@ def cudart_objects() -> list[tuple[str, Path, list[str]]]:
 
 
 OBJECTS = {"llmkern._C_cpu": cpu_objects, "llmkern._C_emulator": emulator_objects}
+# Not checked here: setup.py also runs to ask what the build requires.
+TOOLKIT = cuda_build.wanted()
+CUDA_MODULE = "llmkern._C_cuda"
+CUDA_EMULATED = "_C_cuda_emulated" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
 def ninja_path(path: Path) -> str:
@@ -116,7 +127,11 @@ def write_ninja(name: str, build_dir: Path, output: Path) -> None:
         "rule link",
         f"  command = $cxx {shlex.join(link)} $options $in -o $out",
     ]
-    lines += linked(output, OBJECTS[name](), "")
+    if name == CUDA_MODULE:
+        emulated = output.with_name(CUDA_EMULATED)
+        lines += cuda_build.ninja_lines(ROOT, TOOLKIT, output, emulated, ninja_path)
+    else:
+        lines += linked(output, OBJECTS[name](), "")
     if name == "llmkern._C_emulator":
         exports = ROOT / CUDART / "exports.map"
         options = f"-Wl,-soname,{CUDART_NAME} -Wl,--version-script={shlex.quote(str(exports))}"
@@ -137,13 +152,22 @@ def linked(output: Path, objects: list[tuple[str, Path, list[str]]], options: st
 
 
 class NinjaBuildExt(build_ext):
+    def beside(self) -> list[Path]:
+        """Libraries that come with an extension without being one to setuptools."""
+        names = [CUDART_NAME, *([CUDA_EMULATED] if TOOLKIT else [])]
+        return [Path(self.build_lib) / "llmkern" / name for name in names]
+
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        built = Path(self.build_lib) / "llmkern" / CUDART_NAME
-        self.copy_file(str(built), str(ROOT / "llmkern" / CUDART_NAME))
+        for built in self.beside():
+            self.copy_file(str(built), str(ROOT / "llmkern" / built.name))
 
     def get_outputs(self) -> list[str]:
-        return [*super().get_outputs(), str(Path(self.build_lib) / "llmkern" / CUDART_NAME)]
+        return [*super().get_outputs(), *map(str, self.beside())]
+
+    def build_extensions(self) -> None:
+        cuda_build.check(TOOLKIT)
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         build_dir = Path(self.build_temp).resolve() / ext.name
@@ -159,6 +183,8 @@ class NinjaBuildExt(build_ext):
 
 
 setup(
-    ext_modules=[Extension(name, sources=[]) for name in OBJECTS],
+    ext_modules=[
+        Extension(name, sources=[]) for name in (*OBJECTS, *([CUDA_MODULE] if TOOLKIT else []))
+    ],
     cmdclass={"build_ext": NinjaBuildExt},
 )
