@@ -11,8 +11,8 @@ touch of bytes that a cp.async has under way, collective or barrier that not all
 deadlock.
 
 What it cannot tell: PTX is not machine code, so spills, scheduling, caches and time are out of
-reach. Approximate functions (ex2, rcp, tanh) and the order of additions inside mma are not the hardware's.
-Memory is sequentially consistent: a missing fence does not show.
+reach. Approximate functions (ex2, rcp, tanh) and the order of additions inside mma are not the
+hardware's. Memory is sequentially consistent: a missing fence does not show.
 """
 
 from llmkern.emulator.counters import Counters

@@ -168,6 +168,12 @@ def _allocations() -> list[tuple[str, int, int, int]]:
     return [(f"cudaMalloc #{i}", begins[i], sizes[i], 1) for i in range(count)]
 
 
+def _mapped() -> list[Path]:
+    """Files mapped into this process."""
+    with open("/proc/self/maps") as maps:
+        return [Path(line.split(maxsplit=5)[-1].strip()) for line in maps if "/" in line]
+
+
 @functools.cache
 def stand_in() -> StandIn:
     """Load libcudart's stand-in for this process, before anything that needs libcudart.so.13.
@@ -176,6 +182,12 @@ def stand_in() -> StandIn:
         BackendError: it was not built, or does not load.
     """
     path = Path(__file__).parents[1] / STAND_IN
+    real = [p for p in _mapped() if p.name == STAND_IN and p != path]
+    if real:
+        raise BackendError(
+            f"{real[0]} is loaded already, and launches would go there: emulate libraries in a "
+            "process whose torch has no CUDA"
+        )
     try:
         library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:

@@ -146,8 +146,8 @@ def device(
             local memory are always checked.
         uninitialised: stop at reads of shared memory and uses of registers that nothing has set.
         races: stop at unordered accesses of two warps to shared memory.
-        global_races: stop where two CTAs store different values to one element; kernels with atomics
-            on global memory are left out.
+        global_races: stop where two CTAs store different values to one element; kernels with
+            atomics on global memory are left out.
         counters: count sectors and wavefronts (warp instructions are always counted).
         threads: host threads, torch.get_num_threads() by default. Results and reports do not
             depend on it.
