@@ -118,7 +118,7 @@ class _ActivationFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable(spec.activation, dy, x), None
         module = dispatch.resolve("activation", spec, ctx.plan.backend)
-        return module.backward(spec, dy, x), None
+        return module.backward(spec, dy.resolve_neg(), x), None
 
 
 _apply = direct_apply(_ActivationFunction)

@@ -256,6 +256,7 @@ class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         run = _differentiable if torch.is_grad_enabled() else _backward_of
+        dout, dlse = (None if d is None else d.resolve_neg() for d in (dout, dlse))
         return _gradients(ctx, dout, dlse, functools.partial(run, ctx.spec, ctx.backend), 2)
 
 

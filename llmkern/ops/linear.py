@@ -204,7 +204,7 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled():
             return _differentiable(ctx, dy)
-        return _gradients(ctx, dy, _backward)
+        return _gradients(ctx, dy.resolve_neg(), _backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -300,7 +300,8 @@ class _NormFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = _differentiable(spec, dy, dz, z, weight, seed, wants)
         else:
-            module = ctx.plan.choice.module()
+            module, dy = ctx.plan.choice.module(), dy.resolve_neg()
+            dz = None if dz is None else dz.resolve_neg()
             gradients = module.backward(spec, dy, dz, z, weight, statistics, seed, wants)
         return (*_as_inputs(gradients, spec.add, ctx.plan.dims), None, None)
 
