@@ -9,9 +9,12 @@ from llmkern import random, use_backend
 from llmkern.backends.triton import _launch, norm, tiles_norm
 from llmkern.functional import add_layer_norm, add_rms_norm
 
-pytestmark = pytest.mark.skipif(
-    _launch.version() is None, reason="triton is not installed, the kernels are its own"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        _launch.version() is None, reason="triton is not installed, the kernels are its own"
+    ),
+    pytest.mark.usefixtures("emulated_triton"),
+]
 COLUMNS = [1, 2, 7, 8, 64, 100, 255, 256, 257, 768, 1024, 1280, 1536, 2048, 3072, 4096, 5120, 7168,
            8192, 12288, 16384, 16385, 50000]  # fmt: skip
 
