@@ -19,7 +19,7 @@ SEEDS = [0, 77, 2**62 - 1]
 PROBABILITIES = [2e-5, 0.1, 0.5, 1.0]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _flat_rows(out, seed, start, rows, cols, threshold, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
                COLS: tl.constexpr):  # fmt: skip
     k0, k1 = load_keys(seed)
@@ -30,14 +30,14 @@ def _flat_rows(out, seed, start, rows, cols, threshold, ALIGNED: tl.constexpr, R
     tl.store(out + row[:, None] * cols + col[None, :], keep, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _flat_vector(out, seed, start, threshold, SIZE: tl.constexpr):
     k0, k1 = load_keys(seed)
     first = start + tl.arange(0, SIZE // 8).to(tl.int64) * 8
     tl.store(out + tl.arange(0, SIZE), flat_keep(k0, k1, first, threshold, True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slab", "row", "group", "threshold"])
 def _attention(out, seed, slab, row, group, rows, cols, threshold, ROWS: tl.constexpr,
                COLS: tl.constexpr):  # fmt: skip
     k0, k1 = load_keys(seed)

@@ -121,11 +121,12 @@ def forward(
         if chunk:
             _forward_in_parts(spec, inputs, sinks, out, lse, chunk)
         else:
-            _launch_forward(spec, inputs, sinks, out, lse, 0)
+            _launch_forward(spec, inputs, sinks, out, lse, out, 0)
     return out, lse
 
 
-def _launch_forward(spec, inputs, sinks, out, lse, chunk):
+def _launch_forward(spec, inputs, sinks, out, lse, like, chunk):
+    """like: has the strides of out [B, H, S, Dv]; out itself may be a stack of such."""
     from llmkern.backends.triton.attention_fwd_kernels import attention_fwd
 
     shape = tiles.form(spec, _precision())
@@ -137,7 +138,7 @@ def _launch_forward(spec, inputs, sinks, out, lse, chunk):
         sinks=sinks,
         out=out,
         lse=lse,
-        **_strides("out", out),
+        **_strides("out", like),
         chunk=chunk,
         part_rows=spec.batch * spec.heads * spec.q_len,
         FORM=shape._replace(sinks=sinks is not None),
@@ -152,7 +153,7 @@ def _forward_in_parts(spec, inputs, sinks, out, lse, chunk):
     rows = spec.batch * spec.heads * spec.q_len
     part_out = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(parts, rows, dtype=torch.float32, device=out.device)
-    _launch_forward(spec, inputs, None, part_out[0], part_lse, chunk)
+    _launch_forward(spec, inputs, None, part_out, part_lse, part_out[0], chunk)
     shape = tiles.form(spec, _precision())
     tile = tiles.pick_combine(shape)
     attention_combine[(-(-rows // tile.block_m),)](

@@ -42,9 +42,11 @@ def open_rows(pid, tiles, q, heads, kv_heads, q_len, FORM: tl.constexpr, BLOCK_M
     if FORM.packed:
         b = unit // kv_heads
         kv_head = unit % kv_heads
-        head = kv_head * group + r // q_len
-        i = r % q_len
         live = r < group * q_len
+        # Rows beyond the last stand at it: theirs would be a head that bias and mask have not.
+        row = tl.minimum(r, group * q_len - 1)
+        head = kv_head * group + row // q_len
+        i = row % q_len
         slab = (b * heads + head)[:, None]
         first = tile * 0
         last = q_len - 1
