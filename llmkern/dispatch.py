@@ -3,8 +3,9 @@
 A call is described by its op's name and spec. Backends are asked in the order of BACKENDS; the
 first whose `supports(spec)` returns None serves. `use_backend` or an op's `backend=` argument name
 one: if that one cannot serve, BackendError is raised, whatever the policy. The fallback policy is
-about calls for which nobody named a backend and the device's fused backend says no: "error", "warn"
-or "silent" (the default is "warn"); each fallback is counted in `fallbacks()`.
+about calls for which nobody named a backend and that only the reference serves, where the device
+has fused backends: "error", "warn" or "silent" (the default is "warn"); each fallback is counted in
+`fallbacks()`.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import contextvars
 import importlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -179,6 +180,17 @@ class Choice:
         if settings.records is None and _choices.get(key) is module:
             self._kept = (settings, emulated, _choices, module)
         return module
+
+
+def foresee(op: str, describe: Callable[[], tuple], backend: str | None) -> None:
+    """Record, where `recording` is on, how a call on fake tensors would be decided.
+
+    `describe` gives the spec. A compiler's tracing is no call and records nothing.
+    """
+    records = _settings.get().records
+    if records is not None and torch._guards.TracingContext.try_get() is None:
+        spec = describe()
+        records.append((op, spec, decide(op, spec, backend)))
 
 
 class BackendStatus(NamedTuple):

@@ -459,6 +459,7 @@ def test_bad_arguments_are_usage_errors(words):
 
 def test_a_device_that_is_not_here_is_named(capsys):
     assert cli.main(["check", "--filter", "layer_norm", "--device", "nonsense"]) == 2
+    assert cli.main(["check", "--filter", "nonsense"]) == 2  # not "all passed"
     assert "nonsense" in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llmkern
-from llmkern import dispatch
+from llmkern import dispatch, functional
 from llmkern.backends.cpu import norm as cpu_norm
 from llmkern.errors import BackendError, FallbackWarning
 from llmkern.functional import layer_norm
@@ -186,3 +186,20 @@ def test_default_device_and_dtype_do_not_reach_the_kernels_buffers(device):
         finally:
             torch.set_default_dtype(torch.float32)
         assert got.device.type == "cpu" and torch.equal(got, want)
+
+
+def test_views_that_negate_lazily_are_read_negated(backend):
+    """torch keeps -x of a conjugate's imaginary part as a bit of the view."""
+    x = torch.randn(2, 3, 5, 8, dtype=torch.complex64).conj().imag
+    plain, weight = x.clone(), torch.randn(6, 8)
+    assert x.is_neg() and not plain.is_neg()
+    for function in (
+        lambda t: functional.gelu(t),
+        lambda t: functional.layer_norm(t, 8),
+        lambda t: functional.add_rms_norm(weight[:5].expand(2, 3, 5, 8), t, 8),
+        lambda t: functional.linear(t, weight),
+        lambda t: functional.linear(weight, t[0, 0]),
+        lambda t: functional.dropout(t, 0.0),
+        lambda t: functional.scaled_dot_product_attention(t, t, t, t @ t.mT),
+    ):
+        torch.testing.assert_close(function(x), function(plain))

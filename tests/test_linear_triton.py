@@ -8,7 +8,10 @@ from rule import check_rule
 from llmkern import random
 from llmkern.backends.triton import _calls, _launch, linear_calls, tiles_linear
 
-pytestmark = pytest.mark.skipif(_launch.version() is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(_launch.version() is None, reason="triton is not installed"),
+    pytest.mark.usefixtures("emulated_triton"),
+]
 CPU = torch.device("cpu")
 KINDS = {"16-bit": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 CAPABILITIES = (80, 86, 89, 90, 100, 120)

@@ -6,12 +6,15 @@ from rule import check_rule, gradients, leaves
 from torch.nn import functional
 
 from llmkern import random, use_backend
-from llmkern.backends.triton import _launch, tiles_norm
+from llmkern.backends.triton import _launch, norm, tiles_norm
 from llmkern.functional import add_layer_norm, add_rms_norm
 
-pytestmark = pytest.mark.skipif(
-    _launch.version() is None, reason="triton is not installed, the kernels are its own"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        _launch.version() is None, reason="triton is not installed, the kernels are its own"
+    ),
+    pytest.mark.usefixtures("emulated_triton"),
+]
 COLUMNS = [1, 2, 7, 8, 64, 100, 255, 256, 257, 768, 1024, 1280, 1536, 2048, 3072, 4096, 5120, 7168,
            8192, 12288, 16384, 16385, 50000]  # fmt: skip
 
@@ -21,11 +24,13 @@ def only_wide(monkeypatch):
     """No row fits on chip; 64 columns at a time."""
     monkeypatch.setattr(tiles_norm, "_row_shape", lambda *arguments: None)
     monkeypatch.setattr(tiles_norm, "WIDE_CHUNK", 64)
-    tiles_norm.pick_forward.cache_clear()
-    tiles_norm.pick_backward.cache_clear()
+    choices = (tiles_norm.pick_forward, tiles_norm.pick_backward,
+               norm._forward_plan, norm._backward_plan)  # fmt: skip
+    for choice in choices:
+        choice.cache_clear()
     yield
-    tiles_norm.pick_forward.cache_clear()
-    tiles_norm.pick_backward.cache_clear()
+    for choice in choices:
+        choice.cache_clear()
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("layer", torch.float32), ("rms", torch.bfloat16)])

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from llmkern.backends.triton.philox_kernels import attention_keep, flat_keep, load_keys
 
+pytestmark = pytest.mark.usefixtures("emulated_triton")
 SEEDS = [0, 77, 2**62 - 1]
 PROBABILITIES = [2e-5, 0.1, 0.5, 1.0]
 

@@ -121,6 +121,16 @@ def test_gradients_of_parameters_through_functional_call():
         torch.testing.assert_close(samples[name].sum(0), p.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "attention", "linear", "gelu"])
+def test_compiled_tangents_are_an_error_not_a_wrong_number(name):
+    def tangent(x, direction):
+        return torch.func.jvp(CALLS[name][0], (x,), (direction,))[1]
+
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="need plain eager mode"):
+        torch.compile(tangent, fullgraph=True, backend="eager")(x, x)
+
+
 def test_dropout_has_a_tangent():
     x, direction = torch.randn(64), torch.randn(64)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""The Triton attention kernels under the interpreter: a short run over every feature, and what is
+"""The Triton attention kernels in the emulator: a short run over every feature, and what is
 theirs alone (tiles, skipped blocks, split over keys). The whole matrix runs as slow tests of
 test_attention*.py with backend triton."""
 
@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 band = pytest.importorskip("llmkern.backends.triton.attention_mask_kernels").band
 
+pytestmark = pytest.mark.usefixtures("emulated_triton")
 CARDS = (80, 86, 89, 90, 100, 120)
 
 
@@ -40,7 +41,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_attention_in_short_matches_fp64(case, dtype):
     tensors = make(case, dtype)

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ MAX_SHARED = {
 }
 
 _stack: list["Device"] = []
+# Called with the capability that is emulated from now on, or None.
+on_change: list[Callable[[int | None], None]] = []
 
 
 class Device:
@@ -35,11 +37,22 @@ class Device:
         self.max_shared_bytes = MAX_SHARED[capability]
         self._counters: dict[str, Counters] = {}
         self._memory: dict[int, tuple[str, torch.Tensor]] = {}
+        self.failure: Exception | None = None  # of a launch by a library, which saw an error code
 
     def register(self, tensor: torch.Tensor, name: str = "registered") -> torch.Tensor:
         """Let kernels touch a tensor that reaches them in another way than as an argument."""
         self._memory[tensor.data_ptr()] = (name, tensor)
         return tensor
+
+    def raise_failure(self) -> None:
+        """Raise what stopped the last launch that a library made, once.
+
+        Raises:
+            EmulatorError, PtxError, ArgumentError: as the launch did.
+        """
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
 
     def launch(
         self,
@@ -127,17 +140,17 @@ def device(
     """Kernels launched inside run on an emulated GPU, on CPU tensors.
 
     Args:
-        architecture: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100" or "sm_120"; the instructions that
-            Triton and nvcc emit for sm_80 are complete, those of the others partly.
+        architecture: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100" or "sm_120"; the instructions
+            that Triton and nvcc emit for sm_80 are complete, those of the others partly.
         bounds: stop at accesses outside the arguments' tensors, and misaligned ones. Shared and
             local memory are always checked.
         uninitialised: stop at reads of shared memory and uses of registers that nothing has set.
         races: stop at unordered accesses of two warps to shared memory.
-        global_races: stop where two CTAs store different values to one element; kernels with atomics
-            on global memory are left out.
+        global_races: stop where two CTAs store different values to one element; kernels with
+            atomics on global memory are left out.
         counters: count sectors and wavefronts (warp instructions are always counted).
-        threads: host threads, torch.get_num_threads() by default. Results and reports do not depend
-            on it.
+        threads: host threads, torch.get_num_threads() by default. Results and reports do not
+            depend on it.
         seed: other than 0: CTAs and warps run in an order shuffled by it.
         budget: warp instructions after which a warp is stopped.
 
@@ -160,14 +173,23 @@ def device(
         budget,
     )
     dev = Device(capability, options)
-    before = target.set_emulated(capability)
     _stack.append(dev)
+    before = _switch(capability)
     try:
         with _triton():
             yield dev
     finally:
         _stack.pop()
-        target.set_emulated(before)
+        _switch(before)
+    dev.raise_failure()
+
+
+def _switch(capability: int | None) -> int | None:
+    """Emulate another architecture, or none; returns what was emulated before."""
+    before = target.set_emulated(capability)
+    for tell in on_change:
+        tell(capability)
+    return before
 
 
 def _triton() -> contextlib.AbstractContextManager:

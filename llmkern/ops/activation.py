@@ -118,7 +118,7 @@ class _ActivationFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable(spec.activation, dy, x), None
         module = dispatch.resolve("activation", spec, ctx.plan.backend)
-        return module.backward(spec, dy, x), None
+        return module.backward(spec, dy.resolve_neg(), x), None
 
 
 _apply = direct_apply(_ActivationFunction)
@@ -162,6 +162,7 @@ def _no_second_derivative(ctx, gradient):
 
 
 def _fake(x, activation, backend):
+    dispatch.foresee("activation", lambda: _spec(x, activation), backend)
     y = torch.empty_like(x)
     return y if y.stride() == x.stride() else x.new_empty(x.shape)
 

@@ -119,7 +119,7 @@ class _DropoutFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and dy.requires_grad:
             return _apply(dy, seed, plan._replace(inplace=False)), None, None
         module = dispatch.resolve("dropout", plan.spec, plan.backend)
-        return module.backward(plan.spec, dy, seed), None, None
+        return module.backward(plan.spec, dy.resolve_neg(), seed), None, None
 
 
 _apply = direct_apply(_DropoutFunction)
@@ -131,6 +131,7 @@ def _forward(x: Tensor, seed: Tensor, p: float, backend: str | None) -> Tensor:
 
 
 def _fake(x, seed, p, backend):
+    dispatch.foresee("dropout", lambda: _spec(x, p), backend)
     return x.new_empty(x.shape)
 
 

@@ -204,7 +204,7 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled():
             return _differentiable(ctx, dy)
-        return _gradients(ctx, dy, _backward)
+        return _gradients(ctx, dy.resolve_neg(), _backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -266,6 +266,8 @@ def _autograd(ctx, dy, _dpreact, _dup_preact):
 def _fake(
     x, weight, up_weight, bias, up_bias, residual, seed, activation, dropout_p, keep_preact, backend
 ):
+    tensors, options = (x, weight, up_weight, bias, residual), (activation, dropout_p, keep_preact)
+    dispatch.foresee("linear", lambda: _spec(*tensors, *options), backend)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     empty = x.new_empty(0)
     preact = torch.empty_like(y) if keep_preact else empty

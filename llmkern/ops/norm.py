@@ -300,7 +300,8 @@ class _NormFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = _differentiable(spec, dy, dz, z, weight, seed, wants)
         else:
-            module = ctx.plan.choice.module()
+            module, dy = ctx.plan.choice.module(), dy.resolve_neg()
+            dz = None if dz is None else dz.resolve_neg()
             gradients = module.backward(spec, dy, dz, z, weight, statistics, seed, wants)
         return (*_as_inputs(gradients, spec.add, ctx.plan.dims), None, None)
 
@@ -408,6 +409,8 @@ def _no_second_derivative(ctx, *gradients):
 
 
 def _fake(x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend):
+    options = (cols, eps, rms, unit_offset, dropout_p, keep_z)
+    dispatch.foresee("norm", lambda: _spec(x, residual, weight, bias, *options), backend)
     rows = x.numel() // cols if cols else x.shape[:1].numel()
     z = x if residual is None else residual
     statistics = x.new_empty((1 if rms else 2, rows), dtype=numerics.compute_dtype(z.dtype))

@@ -75,6 +75,8 @@ void llmkern_cudart_set_hooks(const LlmkernHooks* given) {
 
 const char* llmkern_cudart_detail() { return last_detail.c_str(); }
 
+void llmkern_cudart_set_detail(const char* text) { last_detail = text; }
+
 int cudaGetLastError() {
   const int error = last_error;
   last_error = kSuccess;

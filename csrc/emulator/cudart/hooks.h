@@ -39,4 +39,6 @@ void llmkern_cudart_set_hooks(const LlmkernHooks* hooks);
 size_t llmkern_cudart_allocations(uint64_t* begins, uint64_t* bytes, size_t capacity);
 // Why the last call of this thread failed, beyond its error code; "" if there is nothing to add.
 const char* llmkern_cudart_detail();
+// What cudaGetErrorString adds to this thread's next error.
+void llmkern_cudart_set_detail(const char* text);
 }

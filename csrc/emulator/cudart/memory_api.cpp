@@ -21,12 +21,13 @@ Heap& heap() {
 }
 
 constexpr size_t kAlignment = 256;  // of cudaMalloc
+constexpr size_t kGap = 256;        // so that no two allocations touch: one's end is not the next
 
 int allocate(void** out, size_t bytes) {
   *out = nullptr;
   if (!hooks()) return fail(kInsufficientDriver, "no emulated device is active");
   if (bytes == 0) return kSuccess;
-  const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t rounded = (bytes + kGap + kAlignment - 1) / kAlignment * kAlignment;
   void* p = rounded < bytes ? nullptr : std::aligned_alloc(kAlignment, rounded);
   if (!p) return fail(kMemoryAllocation, "cudaMalloc of " + std::to_string(bytes) + " bytes");
   // New device memory holds anything; all ones are NaN in every float type.

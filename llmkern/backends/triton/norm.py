@@ -1,8 +1,9 @@
 """LayerNorm and RMSNorm: norm_kernels.py, norm_bwd_kernels.py."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ def _backward_kernels() -> ModuleType:
     return norm_bwd_kernels
 
 
+class _Plan(NamedTuple):
+    """What a call's spec decides: looked up, so that a call costs the host little."""
+
+    launch: Callable  # the kernel with its grid
+    numbers: tuple  # the arguments after the strides
+    num_warps: int
+    dropout: int  # the kernels' DROPOUT
+    tile: tiles_norm.NormTile
+
+
 def _dropout(spec: NormSpec) -> tuple[int, int, float]:
     """The kernels' DROPOUT, threshold and scale."""
     threshold = random.threshold(spec.dropout_p)
@@ -43,6 +54,36 @@ def _itemsize(spec: NormSpec) -> int:
     return min(spec.dtype.itemsize, spec.x_dtype.itemsize)
 
 
+@functools.lru_cache(maxsize=4096)
+def _forward_plan(spec: NormSpec, capability: int) -> _Plan:
+    mode, threshold, scale = _dropout(spec)
+    tile = tiles_norm.pick_forward(spec.rows, spec.cols, _itemsize(spec), capability)
+    numbers = (spec.rows, spec.cols, spec.eps, threshold, scale, spec.rms, spec.unit_offset, mode)
+    kernels = _forward_kernels()
+    if tile.chunks:
+        launch = kernels.norm_fwd[(tile.programs,)]
+        numbers += (*tile[:4], tile.covers(spec.cols))
+    else:
+        launch = kernels.norm_fwd_wide[(spec.rows,)]
+        numbers += (tile.chunk,)
+    return _Plan(launch, numbers, tile.num_warps, mode, tile)
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_plan(spec: NormSpec, capability: int) -> _Plan:
+    mode, threshold, scale = _dropout(spec)
+    tile = tiles_norm.pick_backward(spec.rows, spec.cols, _itemsize(spec), capability)
+    numbers = (spec.rows, spec.cols, threshold, scale, spec.rms, spec.unit_offset, mode)
+    kernels = _backward_kernels()
+    if tile.chunks:
+        launch = kernels.norm_bwd[(tile.programs,)]
+        numbers += (*tile[:3], tile.covers(spec.cols))
+    else:
+        launch = kernels.norm_bwd_wide[(spec.rows,)]
+        numbers += (tile.chunk,)
+    return _Plan(launch, numbers, tile.num_warps, mode, tile)
+
+
 def forward(
     spec: NormSpec,
     x: Tensor,
@@ -51,32 +92,22 @@ def forward(
     bias: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    rows, cols = spec.rows, spec.cols
-    y = torch.empty(x.shape, dtype=spec.dtype, device=x.device)
+    rows, cols, device = spec.rows, spec.cols, x.device
+    y = torch.empty(x.shape, dtype=spec.dtype, device=device)
     z = torch.empty_like(y) if spec.keep_z else None
-    statistics = torch.empty(1 if spec.rms else 2, rows, dtype=torch.float32, device=x.device)
+    statistics = torch.empty(1 if spec.rms else 2, rows, dtype=torch.float32, device=device)
     if rows * cols == 0:
         return y, z, statistics
     x, x_stride = rows_of(x, rows, cols)
     residual_stride = 0
     if residual is not None:
         residual, residual_stride = rows_of(residual, rows, cols)
-    weight, bias = contiguous(weight), contiguous(bias)
-    mode, threshold, scale = _dropout(spec)
-    tile = tiles_norm.pick_forward(rows, cols, _itemsize(spec), _launch.capability(x.device))
-    arguments = (x, residual, weight, bias, seed if mode else None, y, z, statistics, x_stride,
-                 residual_stride, rows, cols, spec.eps, threshold, scale, spec.rms,
-                 spec.unit_offset, mode)  # fmt: skip
-    with _launch.guard(x.device):
-        if tile.chunks:
-            _forward_kernels().norm_fwd[(tile.programs,)](
-                *arguments, tile.block_rows, tile.chunk, tile.chunks, tile.lanes,
-                tile.covers(cols), num_warps=tile.num_warps,
-            )  # fmt: skip
-        else:
-            _forward_kernels().norm_fwd_wide[(rows,)](
-                *arguments, tile.chunk, num_warps=tile.num_warps
-            )
+    plan = _forward_plan(spec, _launch.capability(device))
+    with _launch.guard(device):
+        plan.launch(
+            x, residual, contiguous(weight), contiguous(bias), seed if plan.dropout else None,
+            y, z, statistics, x_stride, residual_stride, *plan.numbers, num_warps=plan.num_warps,
+        )  # fmt: skip
     return y, z, statistics
 
 
@@ -103,30 +134,22 @@ def backward(
     dz_stride = 0
     if dz is not None:
         dz, dz_stride = rows_of(dz, rows, cols)
-    weight = contiguous(weight)
-    tile = tiles_norm.pick_backward(rows, cols, _itemsize(spec), _launch.capability(device))
+    plan = _backward_plan(spec, _launch.capability(device))
     parts = [
-        torch.empty(tile.programs, cols, dtype=torch.float32, device=device) if want else None
+        torch.empty(plan.tile.programs, cols, dtype=torch.float32, device=device) if want else None
         for want in wants[1:]
     ]
-    mode, threshold, scale = _dropout(spec)
-    tensors = (dy, dz, z, weight, statistics, seed if mode and wants[0] else None, dx, dresidual)
-    numbers = (dy_stride, dz_stride, z_stride, rows, cols, threshold, scale, spec.rms,
-               spec.unit_offset, mode)  # fmt: skip
+    seed = seed if plan.dropout and wants[0] else None
+    tensors = (dy, dz, z, contiguous(weight), statistics, seed, dx, dresidual)
+    strides = (dy_stride, dz_stride, z_stride)
     with _launch.guard(device):
-        kernels = _backward_kernels()
-        if tile.chunks:
-            kernels.norm_bwd[(tile.programs,)](
-                *tensors, *parts, *numbers, tile.block_rows, tile.chunk, tile.chunks,
-                tile.covers(cols), num_warps=tile.num_warps,
-            )  # fmt: skip
+        if plan.tile.chunks:
+            plan.launch(*tensors, *parts, *strides, *plan.numbers, num_warps=plan.num_warps)
         else:
             if dx is not None:
-                kernels.norm_bwd_wide[(rows,)](
-                    *tensors, *numbers, tile.chunk, num_warps=tile.num_warps
-                )
+                plan.launch(*tensors, *strides, *plan.numbers, num_warps=plan.num_warps)
             if any(wants[1:]):
-                _partial_sums(spec, tile, dy, dy_stride, z, z_stride, statistics, parts)
+                _partial_sums(spec, plan.tile, dy, dy_stride, z, z_stride, statistics, parts)
         return dx, dresidual, *_sum_parts(spec, parts)
 
 

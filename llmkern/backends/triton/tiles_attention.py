@@ -145,8 +145,9 @@ def _width(shape: Form) -> int:
     return max(64, shape.block_d, shape.block_dv)
 
 
-# Up to this length tiles of 64 queries do a tenth less under a band than tiles of 128 (1.125 against
-# 1.25 of the least at 512) and give a card twice the programs; beyond, fewer reads of k and v count.
+# Up to this length tiles of 64 queries do a tenth less under a band than tiles of 128 (1.125
+# against 1.25 of the least at 512) and give a card twice the programs; beyond, fewer reads of k
+# and v count.
 SHORT_BAND = 1024
 
 

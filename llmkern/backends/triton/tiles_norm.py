@@ -96,7 +96,9 @@ def _pick(rows, cols, itemsize, limits, most_warps, least_warps, programs, sms) 
     chunk, chunks, row_warps = shape
     lanes = min(WARP, max(1, chunk // vector))
     num_warps = max(least_warps, row_warps)
-    block_rows = min(num_warps * WARP // (row_warps * lanes), power_of_two(rows))
+    # As many for few rows as for many: how a row lies over lanes and warps is how its sums are
+    # ordered, and a row's bits do not depend on how many others there are.
+    block_rows = num_warps * WARP // (row_warps * lanes)
     blocks = -(-rows // block_rows)
     turns = max(-(-blocks // (programs * sms)), min(TURNS, blocks // sms), 1)
     # As few programs as give the same number of turns.
