@@ -14,6 +14,7 @@ import triton.language as tl
 
 from llmkern.backends.triton.activation_kernels import act, d_act
 from llmkern.backends.triton.linear_kernels import load_tile, store_tile
+from llmkern.backends.triton.norm_bwd_kernels import _sum_rows
 from llmkern.backends.triton.philox_kernels import flat_keep, load_keys
 
 
@@ -85,6 +86,6 @@ def linear_dpre_kernel(
     at = part * n + first_col + tl.arange(0, BLOCK_N)
     in_sums = tl.arange(0, BLOCK_N) < n - first_col
     if sums is not None:
-        store_tile(sums + at, tl.sum(total, 0), in_sums, True, EVEN_N, True)
+        store_tile(sums + at, _sum_rows(total, BLOCK_M, BLOCK_N), in_sums, True, EVEN_N, True)
     if up_sums is not None:
-        store_tile(up_sums + at, tl.sum(up_total, 0), in_sums, True, EVEN_N, True)
+        store_tile(up_sums + at, _sum_rows(up_total, BLOCK_M, BLOCK_N), in_sums, True, EVEN_N, True)

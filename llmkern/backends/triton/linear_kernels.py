@@ -285,13 +285,13 @@ def linear_join_kernel(
     in_n = col < n - first_col
     plane = tl.cast(m, tl.int64) * n
     parts += first_row * n + first_col + (row * n + col)
-    z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for part in tl.static_range(SPLIT_K):
+    z = load_tile(parts, in_m, in_n, EVEN_M, EVEN_N)
+    for part in tl.static_range(1, SPLIT_K):
         z += load_tile(parts + part * plane, in_m, in_n, EVEN_M, EVEN_N)
     u = None
     if GATED:
-        u = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for part in tl.static_range(SPLIT_K, 2 * SPLIT_K):
+        u = load_tile(parts + SPLIT_K * plane, in_m, in_n, EVEN_M, EVEN_N)
+        for part in tl.static_range(SPLIT_K + 1, 2 * SPLIT_K):
             u += load_tile(parts + part * plane, in_m, in_n, EVEN_M, EVEN_N)
     _epilogue(
         z, u, bias, up_bias, residual, seed, y, preact, up_preact, stride_rm, first_row, first_col,
