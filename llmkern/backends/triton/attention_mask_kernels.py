@@ -221,8 +221,9 @@ def kept(keys, slab, i, j0, threshold, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def not_finite(x):
-    """0.0 where all of a tile is finite, else NaN."""
-    return tl.sum(tl.sum(x * 0.0, 1), 0)
+    """0.0 where all of a tile is finite, else NaN. One reduction of all: for sm_100 Triton 3.7 cannot
+    lower one after the other."""
+    return tl.sum(tl.reshape(x * 0.0, [x.shape[0] * x.shape[1]]), 0)
 
 
 @triton.jit
@@ -231,13 +232,15 @@ def careful_sum(totals, weights, visible, rows, PRECISION: tl.constexpr):
     of 0 does not keep NaN out of a product. totals = (sum of finite products, how many rows that
     are not finite were seen, how many of them pull to +inf less how many to -inf)."""
     exact, count, pull = totals
-    strange = rows * 0.0 != 0.0
-    exact = tl.dot(weights.to(rows.dtype), tl.where(strange, 0.0, rows).to(rows.dtype), exact,
+    dtype: tl.constexpr = rows.dtype
+    wide = rows.to(tl.float32)
+    strange = (wide * 0.0 != 0.0).to(tl.float32)
+    exact = tl.dot(weights.to(dtype), tl.where(strange != 0.0, 0.0, wide).to(dtype), exact,
                    input_precision=PRECISION)  # fmt: skip
-    count = tl.dot(visible.to(rows.dtype), strange.to(rows.dtype), count)
-    sign = (weights > 0.0).to(rows.dtype) - (weights < 0.0).to(rows.dtype)
-    end = (rows == INFINITY).to(rows.dtype) - (rows == -INFINITY).to(rows.dtype)
-    return exact, count, tl.dot(sign, end, pull)
+    count = tl.dot(visible.to(tl.float32).to(dtype), strange.to(dtype), count)
+    sign = (weights > 0.0).to(tl.float32) - (weights < 0.0).to(tl.float32)
+    end = (wide == INFINITY).to(tl.float32) - (wide == -INFINITY).to(tl.float32)
+    return exact, count, tl.dot(sign.to(dtype), end.to(dtype), pull)
 
 
 @triton.jit

@@ -141,19 +141,23 @@ def architecture(capability: int) -> int:
     return 80 if capability < 90 else 90 if capability < 100 else 100
 
 
-def _width(shape: Form) -> int:
-    return max(64, shape.block_d, shape.block_dv)
+def _of(table: dict, spec: AttentionSpec, shape: Form, capability: int) -> Tile:
+    """Features beside the scores take registers: their calls get the smaller tiles of float32.
+    Tiles of bias and mask would be buffered in shared memory too: these calls are not pipelined."""
+    beside = shape.softcap or shape.slopes or shape.dropout or shape.bias or shape.mask
+    size = 4 if beside else spec.dtype.itemsize
+    tile = table[architecture(capability), size][max(64, shape.block_d, shape.block_dv)]
+    return tile._replace(num_stages=1) if shape.bias or shape.mask else tile
 
 
 # Up to this length tiles of 64 queries do a tenth less under a band than tiles of 128 (1.125
-# against 1.25 of the least at 512) and give a card twice the programs; beyond, fewer reads of k
-# and v count.
+# against 1.25 of the least at 512) and make twice the programs; beyond, fewer reads of k, v count.
 SHORT_BAND = 1024
 
 
 def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     """Of the forward kernel."""
-    tile = _FORWARD[architecture(capability), spec.dtype.itemsize][_width(shape)]
+    tile = _of(_FORWARD, spec, shape, capability)
     if (shape.left or shape.right) and rows(spec) <= SHORT_BAND and tile.block_m > 64:
         tile = tile._replace(block_m=64, num_warps=4)
     block_m = min(tile.block_m, padded(rows(spec)))
@@ -186,13 +190,13 @@ _QUERIES = {
 
 def pick_keys(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     """Of the pass for dk and dv."""
-    tile = _KEYS[architecture(capability), spec.dtype.itemsize][_width(shape)]
+    tile = _of(_KEYS, spec, shape, capability)
     return tile._replace(block_n=min(tile.block_n, padded(spec.kv_len)))
 
 
 def pick_queries(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     """Of the pass for dq."""
-    tile = _QUERIES[architecture(capability), spec.dtype.itemsize][_width(shape)]
+    tile = _of(_QUERIES, spec, shape, capability)
     return tile._replace(block_m=min(tile.block_m, padded(spec.q_len)))
 
 
