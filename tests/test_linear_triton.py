@@ -30,7 +30,10 @@ def _tiles():
 
 
 def _matrices(m, n, k, dtype):
-    return [torch.randn(s).mul(s[1] ** -0.5).to(dtype) for s in ((m, k), (n, k), (n, k))]
+    """Numbers with at most 10 bits after the point: TF32 multiplies them exactly."""
+    sizes = ((m, k), (n, k), (n, k))
+    rounded = [(torch.randn(s).mul(s[1] ** -0.5).view(torch.int32) & ~0x1FFF) for s in sizes]
+    return [bits.view(torch.float32).to(dtype) for bits in rounded]
 
 
 NOTHING = linear_calls.Epilogue()
