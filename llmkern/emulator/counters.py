@@ -1,9 +1,9 @@
 """What launches did, added up: by kind of instruction, by source line, by PTX line.
 
-Warp instructions count once however many lanes are on, also when the guard turns all off. Sectors are
-the 32-byte pieces of global memory that a warp's access touches, at best ceil(distinct bytes / 32).
-Wavefronts are the passes over the banks of shared memory, at best ceil(distinct words / 32) for each
-phase of an access (half a warp for 8 bytes a lane, a quarter for 16).
+Warp instructions count once however many lanes are on, also when the guard turns all off. Sectors
+are the 32-byte pieces of global memory that a warp's access touches, at best ceil(distinct bytes /
+32). Wavefronts are the passes over the banks of shared memory, at best ceil(distinct words / 32)
+for each phase of an access (half a warp for 8 bytes a lane, a quarter for 16).
 """
 
 from collections.abc import Iterable
