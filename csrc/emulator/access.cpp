@@ -46,8 +46,10 @@ void check_alignment(uint32_t mask, const uint64_t* address, int bytes, const Ra
   if ((range.bits & low) == 0) return;
   for_lanes(mask, [&](int l) {
     if ((address[l] & low) != 0) {
-      fail("misaligned", std::string(verb) + " of " + std::to_string(bytes) + " bytes in " + memory +
-                             " memory at " + hex(address[l]), l);
+      fail("misaligned",
+           std::string(verb) + " of " + std::to_string(bytes) + " bytes in " + memory +
+               " memory at " + hex(address[l]),
+           l);
     }
   });
 }
@@ -60,17 +62,17 @@ int distinct(uint64_t* v, int n) {
   return count;
 }
 
-// Passes of the banks over one phase: the most distinct words that one bank has to give.
-int passes(const uint64_t* words, int n, int* different) {
-  uint64_t seen[kBanks][kLanes];
+// Passes of the banks over one phase: the most distinct units that one of `banks` has to give.
+int passes(const uint32_t* units, int n, uint32_t banks, int* different) {
+  uint32_t seen[kBanks][kLanes];
   uint8_t count[kBanks] = {};
   int most = 0, total = 0;
   for (int i = 0; i < n; ++i) {
-    const int bank = static_cast<int>(words[i] % kBanks);
+    const uint32_t bank = units[i] & (banks - 1);
     bool known = false;
-    for (int j = 0; j < count[bank] && !known; ++j) known = seen[bank][j] == words[i];
+    for (int j = 0; j < count[bank] && !known; ++j) known = seen[bank][j] == units[i];
     if (known) continue;
-    seen[bank][count[bank]++] = words[i];
+    seen[bank][count[bank]++] = units[i];
     most = std::max<int>(most, count[bank]);
     ++total;
   }
@@ -97,14 +99,16 @@ void check_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* addre
   const Range range = range_of(mask, address);
   const Allocation*& hint = w.worker->hints[static_cast<size_t>(in.index)];
   if (w.options->bounds) {
-    const bool hit = hint != nullptr && range.lowest >= hint->begin && range.highest <= hint->end - size &&
-                     hint->end - hint->begin >= size;
+    const bool hit = hint != nullptr && range.lowest >= hint->begin &&
+                     range.highest <= hint->end - size && hint->end - hint->begin >= size;
     if (!hit) {
       for_lanes(mask, [&](int l) {
         hint = w.launch->registry.find(address[l], size);
         if (hint != nullptr) return;
-        fail("out of bounds", std::string(verb) + " of " + std::to_string(bytes) + " bytes of global memory at " +
-                 hex(address[l]) + ": " + w.launch->registry.describe(address[l]), l);
+        fail("out of bounds",
+             std::string(verb) + " of " + std::to_string(bytes) + " bytes of global memory at " +
+                 hex(address[l]) + ": " + w.launch->registry.describe(address[l]),
+             l);
       });
     }
     check_alignment(mask, address, bytes, range, verb, "global");
@@ -119,8 +123,10 @@ void check_shared(Warp& w, const Instr&, uint32_t mask, const uint64_t* address,
   if (range.highest + size > end || range.highest + size < size) {
     for_lanes(mask, [&](int l) {
       if (address[l] + size <= end && address[l] + size >= size) return;
-      fail("out of bounds", std::string(verb) + " of " + std::to_string(bytes) + " bytes of shared memory at " +
-               hex(address[l]) + ", which ends at " + hex(end), l);
+      fail("out of bounds",
+           std::string(verb) + " of " + std::to_string(bytes) + " bytes of shared memory at " +
+               hex(address[l]) + ", which ends at " + hex(end),
+           l);
     });
   }
   check_alignment(mask, address, bytes, range, verb, "shared");
@@ -133,6 +139,14 @@ void count_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* addre
   int n = 0;
   for_lanes(mask, [&](int l) { where[n++] = address[l]; });
   c.bytes += static_cast<uint64_t>(n * bytes);
+  const auto step = static_cast<uint64_t>(bytes);
+  bool in_row = true;
+  for (int i = 1; i < n; ++i) in_row = in_row && where[i] == where[i - 1] + step;
+  if (in_row) {
+    c.sectors += (where[n - 1] + step - 1) / kSector - where[0] / kSector + 1;
+    c.ideal_sectors += (static_cast<uint64_t>(n) * step + kSector - 1) / kSector;
+    return;
+  }
   const int different = distinct(where, n);
   for (int i = 0; i < n; ++i) sectors[i] = where[i] / kSector;
   c.sectors += static_cast<uint64_t>(distinct(sectors, n));
@@ -142,24 +156,25 @@ void count_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* addre
 void count_shared(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
   if (!w.options->counters) return;
   Count& c = w.worker->counts[static_cast<size_t>(in.index)];
-  // Wider accesses go in phases of 128 bytes: half warps for 8 bytes, quarters for 16.
-  const int lanes = bytes <= 4 ? kLanes : kLanes * 4 / bytes;
+  // Wider accesses go in phases of 128 bytes: half warps for 8 bytes, quarters for 16. A unit is
+  // what a lane takes, at least a word; it fills as many banks as it has words.
+  const int unit = std::min(std::max(bytes, kBankBytes), kSector),
+            lanes = kBanks * kBankBytes / unit;
+  const int shift = __builtin_ctz(static_cast<unsigned>(unit));
+  const auto banks = static_cast<uint32_t>(lanes);
   for (int begin = 0; begin < kLanes; begin += lanes) {
-    uint64_t words[kLanes];
+    uint32_t units[kLanes];
     int n = 0;
     for (int l = begin; l < begin + lanes; ++l) {
-      if ((mask >> l & 1) == 0) continue;
-      c.bytes += static_cast<uint64_t>(bytes);
-      for (int b = 0; b < std::max(bytes, kBankBytes); b += kBankBytes) {
-        words[n++] = (address[l] + static_cast<uint64_t>(b)) / kBankBytes;
-      }
+      if ((mask >> l & 1) != 0) units[n++] = static_cast<uint32_t>(address[l] >> shift);
     }
     if (n == 0) continue;
-    int different = 0;
+    c.bytes += static_cast<uint64_t>(n * bytes);
     bool in_row = true;
-    for (int i = 1; i < n && in_row; ++i) in_row = words[i] == words[0] + static_cast<uint64_t>(i);
-    c.wavefronts += in_row ? 1 : static_cast<uint64_t>(passes(words, n, &different));
-    c.ideal_wavefronts += in_row ? 1 : static_cast<uint64_t>((different + kBanks - 1) / kBanks);
+    for (int i = 1; i < n; ++i) in_row = in_row && units[i] == units[0] + static_cast<uint32_t>(i);
+    int different = n;
+    c.wavefronts += in_row ? 1 : static_cast<uint64_t>(passes(units, n, banks, &different));
+    c.ideal_wavefronts += static_cast<uint64_t>((different + lanes - 1) / lanes);
   }
 }
 
@@ -169,8 +184,10 @@ void local_pointers(Warp& w, uint32_t mask, const uint64_t* address, int bytes, 
   const auto end = static_cast<uint64_t>(w.launch->kernel->local_bytes);
   for_lanes(mask, [&](int l) {
     if (address[l] + static_cast<uint64_t>(bytes) > end || address[l] > end) {
-      fail("out of bounds", "access of " + std::to_string(bytes) + " bytes of local memory at " + hex(address[l]) +
-               ", which ends at " + hex(end), l);
+      fail("out of bounds",
+           "access of " + std::to_string(bytes) + " bytes of local memory at " + hex(address[l]) +
+               ", which ends at " + hex(end),
+           l);
     }
     to[l] = w.local + static_cast<uint64_t>(l) * end + address[l];
   });
@@ -181,7 +198,9 @@ void parameter_pointers(Warp& w, uint32_t mask, const uint64_t* address, int byt
   const uint64_t end = w.launch->parameters.size();
   for_lanes(mask, [&](int l) {
     if (address[l] + static_cast<uint64_t>(bytes) > end || address[l] > end) {
-      fail("out of bounds", "read of " + std::to_string(bytes) + " bytes past the parameters, at " + hex(address[l]), l);
+      fail("out of bounds",
+           "read of " + std::to_string(bytes) + " bytes past the parameters, at " + hex(address[l]),
+           l);
     }
     to[l] = const_cast<char*>(w.launch->parameters.data()) + address[l];
   });
@@ -190,10 +209,12 @@ void parameter_pointers(Warp& w, uint32_t mask, const uint64_t* address, int byt
 // Calls f(space, lanes, addresses) for the lanes of each window of generic addresses.
 template <class F>
 void by_window(uint32_t mask, const uint64_t* address, const F& f) {
-  const std::pair<uint64_t, Space> windows[] = {{kSharedWindow, Space::kShared}, {kLocalWindow, Space::kLocal}};
+  const std::pair<uint64_t, Space> windows[] = {{kSharedWindow, Space::kShared},
+                                                {kLocalWindow, Space::kLocal}};
   for (const auto& window : windows) {
     uint32_t lanes = 0;
-    for_lanes(mask, [&](int l) { lanes |= uint32_t{(address[l] & kWindowMask) == window.first} << l; });
+    for_lanes(mask,
+              [&](int l) { lanes |= uint32_t{(address[l] & kWindowMask) == window.first} << l; });
     if (lanes == 0) continue;
     uint64_t inside[kLanes] = {};
     for_lanes(lanes, [&](int l) { inside[l] = address[l] & ~kWindowMask; });
@@ -221,13 +242,18 @@ void resolve_read(Warp& w, const Instr& in, uint32_t mask, Space space, const ui
       check_shared(w, in, mask, address, bytes, "read");
       count_shared(w, in, mask, address, bytes);
       if (w.options->races || w.options->uninitialised) {
-        for_lanes(mask, [&](int l) { w.worker->shadow.read(w, in, l, static_cast<uint32_t>(address[l]), bytes); });
+        for_lanes(mask, [&](int l) {
+          w.worker->shadow.read(w, in, l, static_cast<uint32_t>(address[l]), bytes);
+        });
       }
       for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
       return;
-    case Space::kLocal: return local_pointers(w, mask, address, bytes, to);
-    case Space::kParam: return parameter_pointers(w, mask, address, bytes, to);
-    case Space::kConst: return host_pointers(mask, address, to);
+    case Space::kLocal:
+      return local_pointers(w, mask, address, bytes, to);
+    case Space::kParam:
+      return parameter_pointers(w, mask, address, bytes, to);
+    case Space::kConst:
+      return host_pointers(mask, address, to);
     default:
       by_window(mask, address, [&](Space inner, uint32_t lanes, const uint64_t* inside) {
         char* part[kLanes];
@@ -250,14 +276,17 @@ void resolve_write(Warp& w, const Instr& in, uint32_t mask, Space space, const u
       count_shared(w, in, mask, address, bytes);
       if (w.options->races || w.options->uninitialised) {
         for_lanes(mask, [&](int l) {
-          w.worker->shadow.write(w, in, l, static_cast<uint32_t>(address[l]), bytes, data + l * stride);
+          w.worker->shadow.write(w, in, l, static_cast<uint32_t>(address[l]), bytes,
+                                 data + l * stride);
         });
       }
       for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
       return;
-    case Space::kLocal: return local_pointers(w, mask, address, bytes, to);
+    case Space::kLocal:
+      return local_pointers(w, mask, address, bytes, to);
     case Space::kParam:
-    case Space::kConst: fail("read-only memory", "write to parameters or constants", -1);
+    case Space::kConst:
+      fail("read-only memory", "write to parameters or constants", -1);
     default:
       by_window(mask, address, [&](Space inner, uint32_t lanes, const uint64_t* inside) {
         char* part[kLanes];

@@ -20,7 +20,8 @@ const Kernel& find_kernel(const Program& program, const std::string& name) {
 py::dict describe_kernel(const Program& program, const std::string& name) {
   const Kernel& k = find_kernel(program, name);
   py::list parameters;
-  for (const Parameter& p : k.parameters) parameters.append(py::make_tuple(p.name, p.offset, p.bytes));
+  for (const Parameter& p : k.parameters)
+    parameters.append(py::make_tuple(p.name, p.offset, p.bytes));
   py::dict d;
   d["parameters"] = parameters;
   d["parameter_bytes"] = k.parameter_bytes;
@@ -54,16 +55,17 @@ py::dict describe_report(const Report& r) {
 
 // Rows of what ran: (class, PTX line, PTX text, source, runs, lanes, bytes, sectors, ideal sectors,
 // wavefronts, ideal wavefronts).
-py::list describe_counts(const Program& program, const Kernel& k, const std::vector<Count>& counts) {
+py::list describe_counts(const Program& program, const Kernel& k,
+                         const std::vector<Count>& counts) {
   py::list rows;
   for (size_t i = 0; i < counts.size(); ++i) {
     const Count& c = counts[i];
     if (c.runs == 0 || i + 1 == k.code.size()) continue;
     const Instr& in = k.code[i];
     rows.append(py::make_tuple(kClassNames[static_cast<int>(in.klass)], in.place.line,
-                               statement_text(program, in.place), source_of(program, in.place), c.runs,
-                               c.full_runs * kLanes + c.lanes, c.bytes, c.sectors, c.ideal_sectors,
-                               c.wavefronts, c.ideal_wavefronts));
+                               statement_text(program, in.place), source_of(program, in.place),
+                               c.runs, c.full_runs * kLanes + c.lanes, c.bytes, c.sectors,
+                               c.ideal_sectors, c.wavefronts, c.ideal_wavefronts));
   }
   return rows;
 }
@@ -94,7 +96,8 @@ bool compares_32_bits(const Program& program, const std::string& kernel) {
   return false;
 }
 
-using TensorRow = std::tuple<std::string, uint64_t, uint64_t, uint32_t>;  // name, begin, bytes, element
+using TensorRow =
+    std::tuple<std::string, uint64_t, uint64_t, uint32_t>;  // name, begin, bytes, element
 
 py::tuple launch(const Program& program, const std::string& name, std::array<uint32_t, 3> grid,
                  std::array<uint32_t, 3> block, int64_t dynamic_shared, const py::bytes& parameters,
@@ -110,14 +113,18 @@ py::tuple launch(const Program& program, const std::string& name, std::array<uin
   l.options = read_options(options);
   const int64_t threads = int64_t{block[0]} * block[1] * block[2];
   if (threads < 1 || threads > 1024) throw py::value_error("a CTA has 1 to 1024 threads");
-  if (static_cast<int64_t>(bytes.size()) != l.kernel->parameter_bytes) throw py::value_error("the parameters have the wrong size");
-  if (dynamic_shared < 0 || dynamic_shared > (int64_t{1} << 24)) throw py::value_error("bad size of shared memory");
+  if (static_cast<int64_t>(bytes.size()) != l.kernel->parameter_bytes)
+    throw py::value_error("the parameters have the wrong size");
+  if (dynamic_shared < 0 || dynamic_shared > (int64_t{1} << 24))
+    throw py::value_error("bad size of shared memory");
   if (l.kernel->threads_required != 0 && threads != l.kernel->threads_required) {
-    throw py::value_error("the kernel needs " + std::to_string(l.kernel->threads_required) + " threads");
+    throw py::value_error("the kernel needs " + std::to_string(l.kernel->threads_required) +
+                          " threads");
   }
   std::vector<Tensor> known;
   for (const auto& row : tensors) {
-    known.push_back({std::get<0>(row), std::get<1>(row), std::get<1>(row) + std::get<2>(row), std::max(1u, std::get<3>(row))});
+    known.push_back({std::get<0>(row), std::get<1>(row), std::get<1>(row) + std::get<2>(row),
+                     std::max(1u, std::get<3>(row))});
   }
   for (const auto& variable : program.globals) {
     const auto begin = reinterpret_cast<uint64_t>(variable.second.data());

@@ -18,12 +18,12 @@ void fill(Warp& w, const Kernel& k, Special which, uint32_t value) {
   std::fill(lanes, lanes + kLanes, value);
 }
 
-void set_special_registers(Warp& w, const Launch& launch, const Cta& cta) {
+// What stays the same for all CTAs of a launch.
+void set_special_registers(Warp& w, const Launch& launch) {
   const Kernel& k = *launch.kernel;
   for (int i = 0; i < 3; ++i) {
     fill(w, k, static_cast<Special>(kNtidX + i), launch.block[i]);
     fill(w, k, static_cast<Special>(kNctaX + i), launch.grid[i]);
-    fill(w, k, static_cast<Special>(kCtaX + i), cta.id[i]);
   }
   fill(w, k, kWarpId, static_cast<uint32_t>(w.id));
   fill(w, k, kNwarpId, static_cast<uint32_t>(launch.warps()));
@@ -52,22 +52,30 @@ void set_special_registers(Warp& w, const Launch& launch, const Cta& cta) {
   }
 }
 
-void start_warp(Worker& worker, Warp& w, int id) {
+// Once for all CTAs of a launch on this worker.
+void make_warp(Worker& worker, Warp& w, int id) {
   const Launch& launch = *worker.launch;
   const Kernel& k = *launch.kernel;
+  const auto i = static_cast<size_t>(id);
   w.id = id;
-  w.regs = worker.registers.data() + register_stride(k) * static_cast<size_t>(id);
+  w.regs = worker.registers.data() + register_stride(k) * i;
   w.regs += (64 - reinterpret_cast<uintptr_t>(worker.registers.data()) % 64) % 64;
   w.shared = worker.shared.data();
-  w.local = worker.local.data() + static_cast<size_t>(k.local_bytes) * kLanes * static_cast<size_t>(id);
-  w.poison = worker.poison.data() + static_cast<size_t>(k.poison_slots) * static_cast<size_t>(id);
-  std::fill(w.poison, w.poison + k.poison_slots, kAllLanes);
+  w.local = worker.local.data() + static_cast<size_t>(k.local_bytes) * kLanes * i;
+  w.poison = worker.poison.data() + static_cast<size_t>(k.poison_slots) * i;
   w.cta = &worker.cta;
   w.worker = &worker;
   w.launch = &launch;
   w.options = &launch.options;
+  set_special_registers(w, launch);
+}
+
+void start_warp(Worker& worker, Warp& w) {
+  const Launch& launch = *worker.launch;
+  const Kernel& k = *launch.kernel;
+  std::fill(w.poison, w.poison + k.poison_slots, kAllLanes);
   w.state = Warp::kReady;
-  const int threads = launch.threads() - id * kLanes;
+  const int threads = launch.threads() - w.id * kLanes;
   w.alive = threads >= kLanes ? kAllLanes : (1u << threads) - 1;
   w.groups.assign(1, {0, w.alive, false});
   w.steps = w.divergent_steps = 0;
@@ -75,8 +83,8 @@ void start_warp(Worker& worker, Warp& w, int id) {
   std::fill(w.committed, w.committed + kLanes, 0u);
   w.epoch = worker.shadow.epoch();
   std::fill(w.seen, w.seen + kMaxWarps, w.epoch - 1);
-  w.seen[id] = w.epoch;
-  set_special_registers(w, launch, worker.cta);
+  w.seen[w.id] = w.epoch;
+  for (int i = 0; i < 3; ++i) fill(w, k, static_cast<Special>(kCtaX + i), worker.cta.id[i]);
 }
 
 uint32_t living_warps(const Cta& cta) {
@@ -133,8 +141,8 @@ void release_complete_barriers(Worker& worker) {
     const Barrier& b = worker.cta.barriers[w.barrier];
     text += " warp " + std::to_string(w.id) + " at barrier " + std::to_string(w.barrier) +
             " (PTX line " +
-            std::to_string(w.launch->kernel->code[static_cast<size_t>(w.barrier_pc)].place.line) + ", " +
-            std::to_string(b.arrived) + " threads have come" +
+            std::to_string(w.launch->kernel->code[static_cast<size_t>(w.barrier_pc)].place.line) +
+            ", " + std::to_string(b.arrived) + " threads have come" +
             (b.expected != 0 ? " of " + std::to_string(b.expected) : "") + ");";
     if (first == nullptr) first = &w;
   }
@@ -153,12 +161,16 @@ void arrive_at_barrier(Warp& w, const Instr& in, uint32_t mask) {
   const uint32_t expected = w.at<uint32_t>(in.r[in.destinations + 1])[lane];
   if (id >= 16) throw Fault{"bad barrier", "barrier " + std::to_string(id) + " of 16", lane, -1};
   if (expected % kLanes != 0) {
-    throw Fault{"bad barrier", "a count of " + std::to_string(expected) + " threads is no multiple of 32", lane, -1};
+    throw Fault{"bad barrier",
+                "a count of " + std::to_string(expected) + " threads is no multiple of 32", lane,
+                -1};
   }
   Barrier& b = w.cta->barriers[id];
   if (b.joined != 0 && b.expected != static_cast<int>(expected)) {
-    throw Fault{"bad barrier", "barrier " + std::to_string(id) + " is used with counts " +
-                std::to_string(b.expected) + " and " + std::to_string(expected), lane, -1};
+    throw Fault{"bad barrier",
+                "barrier " + std::to_string(id) + " is used with counts " +
+                    std::to_string(b.expected) + " and " + std::to_string(expected),
+                lane, -1};
   }
   if ((b.joined >> w.id & 1) != 0) {
     throw Fault{"bad barrier", "the warp comes twice to barrier " + std::to_string(id), lane, -1};
@@ -195,12 +207,16 @@ void run_cta(Worker& worker, int64_t linear, int64_t position) {
   cta.id[2] = static_cast<uint32_t>(linear / launch.grid[0] / launch.grid[1]);
   worker.shadow.begin_cta(launch.shared_bytes());
   const int warps = launch.warps();
-  cta.warps.resize(static_cast<size_t>(warps));
-  for (int i = 0; i < warps; ++i) start_warp(worker, cta.warps[static_cast<size_t>(i)], i);
+  if (cta.warps.empty()) {
+    cta.warps.resize(static_cast<size_t>(warps));
+    for (int i = 0; i < warps; ++i) make_warp(worker, cta.warps[static_cast<size_t>(i)], i);
+  }
+  for (Warp& w : cta.warps) start_warp(worker, w);
   for (Barrier& b : cta.barriers) b = Barrier();
   std::vector<int> order(static_cast<size_t>(warps));
   for (int i = 0; i < warps; ++i) order[static_cast<size_t>(i)] = i;
-  Shuffler shuffle(launch.options.seed == 0 ? 0 : launch.options.seed * 1000003 + static_cast<uint64_t>(linear));
+  Shuffler shuffle(
+      launch.options.seed == 0 ? 0 : launch.options.seed * 1000003 + static_cast<uint64_t>(linear));
   for (;;) {
     shuffle(&order);
     for (int i : order) {

@@ -142,14 +142,29 @@ namespace {
 
 bool special_named(const std::string& name, Special* which) {
   static const std::map<std::string, Special> names = {
-      {"%tid.x", kTidX},           {"%tid.y", kTidY},       {"%tid.z", kTidZ},
-      {"%ntid.x", kNtidX},         {"%ntid.y", kNtidY},     {"%ntid.z", kNtidZ},
-      {"%ctaid.x", kCtaX},         {"%ctaid.y", kCtaY},     {"%ctaid.z", kCtaZ},
-      {"%nctaid.x", kNctaX},       {"%nctaid.y", kNctaY},   {"%nctaid.z", kNctaZ},
-      {"%laneid", kLaneId},        {"%warpid", kWarpId},    {"%nwarpid", kNwarpId},
-      {"%smid", kSmId},            {"%nsmid", kNsmId},      {"%lanemask_eq", kEqMask},
-      {"%lanemask_lt", kLtMask},   {"%lanemask_le", kLeMask}, {"%lanemask_gt", kGtMask},
-      {"%lanemask_ge", kGeMask},   {"%dynamic_smem_size", kDynamicShared},
+      {"%tid.x", kTidX},
+      {"%tid.y", kTidY},
+      {"%tid.z", kTidZ},
+      {"%ntid.x", kNtidX},
+      {"%ntid.y", kNtidY},
+      {"%ntid.z", kNtidZ},
+      {"%ctaid.x", kCtaX},
+      {"%ctaid.y", kCtaY},
+      {"%ctaid.z", kCtaZ},
+      {"%nctaid.x", kNctaX},
+      {"%nctaid.y", kNctaY},
+      {"%nctaid.z", kNctaZ},
+      {"%laneid", kLaneId},
+      {"%warpid", kWarpId},
+      {"%nwarpid", kNwarpId},
+      {"%smid", kSmId},
+      {"%nsmid", kNsmId},
+      {"%lanemask_eq", kEqMask},
+      {"%lanemask_lt", kLtMask},
+      {"%lanemask_le", kLeMask},
+      {"%lanemask_gt", kGtMask},
+      {"%lanemask_ge", kGeMask},
+      {"%dynamic_smem_size", kDynamicShared},
       {"%total_smem_size", kTotalShared},
   };
   const auto found = names.find(name);
@@ -219,6 +234,13 @@ void Decoder::address(int i, Space space) {
     fail("'" + o.name + "' is in another state space");
   }
   append(builder->constant(builder->address_of(*v), 8), false);
+}
+
+void Decoder::members(int i) {
+  out.member = out.operands;
+  if (operand(i).kind == Operand::kInteger)
+    out.all_members = static_cast<uint32_t>(operand(i).bits);
+  src(i, Type::kB32);
 }
 
 uint32_t Decoder::integer(int i) const {

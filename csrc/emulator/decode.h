@@ -26,7 +26,7 @@ class KernelBuilder {
 
   uint32_t constant(uint64_t bits, int bytes);  // a register with `bits` in each lane
   uint32_t special(Special which);
-  uint32_t scratch(int bytes);                  // a register that no one else names
+  uint32_t scratch(int bytes);  // a register that no one else names
   uint64_t address_of(const Variable& v) const;
 
   Program* program;
@@ -54,7 +54,7 @@ class Decoder {
   bool more() const { return next_ < s.modifiers.size(); }
   std::string peek() const { return more() ? s.modifiers[next_] : std::string(); }
   bool take(const char* modifier);
-  int take_one_of(std::initializer_list<const char*> names);  // index, or fails
+  int take_one_of(std::initializer_list<const char*> names);    // index, or fails
   int take_optional(std::initializer_list<const char*> names);  // index, or -1
   Type take_type();
   Type take_type(std::initializer_list<Type> allowed);
@@ -72,10 +72,11 @@ class Decoder {
   void wide_dst(const Operand& o, Type t);  // ld: the register may be wider than t
   void wide_src(const Operand& o, Type t);  // st: the same
   uint32_t source(const Operand& o, Type t, bool wider_allowed);
-  void address(int i, Space space);         // [reg + offset]: sets address, imm, wide_address
+  void address(int i, Space space);  // [reg + offset]: sets address, imm, wide_address
+  void members(int i);               // the member mask of a collective
   void append(uint32_t offset, bool destination);
-  uint32_t integer(int i) const;            // a literal
-  int size_of_register(const Operand& o);   // bytes; 0 if it is no register
+  uint32_t integer(int i) const;           // a literal
+  int size_of_register(const Operand& o);  // bytes; 0 if it is no register
   const std::vector<Operand>& vector(int i, int size) const;
   bool is_register(const Operand& o);
 

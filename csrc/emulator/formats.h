@@ -88,10 +88,12 @@ inline uint32_t encode(double v, Format f, Round round, bool saturate) {
   whole += up ? 1 : 0;
   // Above the subnormals the hidden bit carries into the exponent by itself.
   const int biased = unit + f.fraction_bits + bias - 1;
-  const uint64_t bits = (static_cast<uint64_t>(biased) << f.fraction_bits) + static_cast<uint64_t>(whole);
+  const uint64_t bits =
+      (static_cast<uint64_t>(biased) << f.fraction_bits) + static_cast<uint64_t>(whole);
   if (bits <= largest) return sign | static_cast<uint32_t>(bits);
   const bool to_infinity = round == Round::kNearest || round == Round::kNearestAway ||
-                           (round == Round::kUp && sign == 0) || (round == Round::kDown && sign != 0);
+                           (round == Round::kUp && sign == 0) ||
+                           (round == Round::kDown && sign != 0);
   if (saturate || !to_infinity) return sign | largest;
   return sign | (f.has_infinity ? top : nan);
 }
@@ -109,7 +111,8 @@ inline double decode(uint32_t bits, Format f) {
     v = NAN;
   } else {
     const uint32_t hidden = exponent == 0 ? 0 : 1u << f.fraction_bits;
-    v = std::ldexp(static_cast<double>(fraction + hidden), std::max(exponent, 1) - bias - f.fraction_bits);
+    v = std::ldexp(static_cast<double>(fraction + hidden),
+                   std::max(exponent, 1) - bias - f.fraction_bits);
   }
   return negative ? -v : v;
 }

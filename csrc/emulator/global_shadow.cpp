@@ -7,19 +7,28 @@ namespace llmkern {
 namespace emulator {
 namespace {
 
-struct Locked {
-  explicit Locked(const Allocation& a) : a_(a) {
-    while (a_.lock.test_and_set(std::memory_order_acquire)) {
+// Holds an allocation's lock while host threads share it.
+class Locked {
+ public:
+  Locked(const Allocation* a, bool shared) : a_(shared ? a : nullptr) {
+    while (a_ != nullptr && a_->lock.test_and_set(std::memory_order_acquire)) {
     }
   }
-  ~Locked() { a_.lock.clear(std::memory_order_release); }
-  const Allocation& a_;
+  ~Locked() {
+    if (a_ != nullptr) a_->lock.clear(std::memory_order_release);
+  }
+  Locked(const Locked&) = delete;
+  Locked& operator=(const Locked&) = delete;
+
+ private:
+  const Allocation* a_;
 };
 
 void note_race(const Launch& launch, int64_t later, uint64_t address, int32_t index) {
   GlobalRace& race = launch.race;
   const std::lock_guard<std::mutex> guard(race.mutex);
-  if (race.later >= 0 && (race.later < later || (race.later == later && race.address <= address))) return;
+  if (race.later >= 0 && (race.later < later || (race.later == later && race.address <= address)))
+    return;
   race.later = later;
   race.address = address;
   race.index = index;
@@ -33,16 +42,17 @@ struct Store {
 
 void record_store(Warp& w, const Instr& in, const Allocation& a, const Store& s) {
   const auto mine = static_cast<uint32_t>(w.cta->position + 1);
-  const int granule = static_cast<int>(a.granule);
+  const int granule = static_cast<int>(a.granule), shift = __builtin_ctz(a.granule);
   for (int at = 0; at < s.bytes; at += granule) {
-    const uint64_t element = (s.address - a.begin + static_cast<uint64_t>(at)) / a.granule;
+    const uint64_t element = (s.address - a.begin + static_cast<uint64_t>(at)) >> shift;
     StoreRecord& record = a.stores[element];
     uint64_t bits = 0;
     std::memcpy(&bits, s.data + at, static_cast<size_t>(std::min(granule, s.bytes - at)));
     const auto value = static_cast<uint32_t>(bits ^ bits >> 32);
     const uint32_t theirs = record.after_position;
     if (theirs != 0 && theirs != mine && record.value != value) {
-      note_race(*w.launch, std::max(theirs, mine) - 1, a.begin + element * a.granule, theirs > mine ? record.index : in.index);
+      note_race(*w.launch, std::max(theirs, mine) - 1, a.begin + element * a.granule,
+                theirs > mine ? record.index : in.index);
     }
     if (theirs == 0 || mine <= theirs) record = {mine, value, in.index};
   }
@@ -54,20 +64,25 @@ void record_global_stores(Warp& w, const Instr& in, uint32_t mask, const uint64_
                           int bytes, const char* data, int stride) {
   // Kernels with atomics may order their CTAs by them; their stores are left alone.
   if (w.launch->kernel->has_global_atomics) return;
-  const Allocation* a = w.worker->hints[static_cast<size_t>(in.index)];
   const auto size = static_cast<uint64_t>(bytes);
-  for_lanes(mask, [&](int l) {
-    if (a == nullptr || address[l] < a->begin || address[l] + size > a->end) {
-      a = w.launch->registry.find(address[l], size);
+  while (mask != 0) {
+    const Allocation* a = w.launch->registry.find(address[__builtin_ctz(mask)], size);
+    if (a == nullptr) {  // bounds are not checked, and this is outside
+      mask &= mask - 1;
+      continue;
     }
-    if (a == nullptr) return;  // bounds are not checked, and this is outside
-    const Locked locked(*a);
+    const Locked locked(a, w.options->threads > 1);
     if (a->stores == nullptr) {
       const uint64_t elements = (a->end - a->begin + a->granule - 1) / a->granule;
       a->stores.reset(static_cast<StoreRecord*>(std::calloc(elements, sizeof(StoreRecord))));
     }
-    record_store(w, in, *a, {address[l], bytes, data + l * stride});
-  });
+    for (uint32_t left = mask; left != 0; left &= left - 1) {
+      const int l = __builtin_ctz(left);
+      if (address[l] < a->begin || address[l] + size > a->end) continue;
+      record_store(w, in, *a, {address[l], bytes, data + l * stride});
+      mask &= ~(1u << l);
+    }
+  }
 }
 
 }  // namespace emulator

@@ -43,9 +43,26 @@ enum class Kind : uint8_t {
 };
 
 enum class Class : uint8_t {
-  kMove, kInteger, kFloat, kSpecial, kConvert, kCompare, kParam, kGlobalLoad, kGlobalStore,
-  kSharedLoad, kSharedStore, kLocal, kAtomic, kMatrix, kMatrixLoad, kAsyncCopy, kExchange,
-  kControl, kBarrier, kFence,
+  kMove,
+  kInteger,
+  kFloat,
+  kSpecial,
+  kConvert,
+  kCompare,
+  kParam,
+  kGlobalLoad,
+  kGlobalStore,
+  kSharedLoad,
+  kSharedStore,
+  kLocal,
+  kAtomic,
+  kMatrix,
+  kMatrixLoad,
+  kAsyncCopy,
+  kExchange,
+  kControl,
+  kBarrier,
+  kFence,
 };  // clang-format off
 constexpr const char* kClassNames[] = {
   "move", "integer", "float", "special", "convert", "compare", "param", "global load",
@@ -73,18 +90,19 @@ struct Instr {
   Space space = Space::kGeneric;
   uint8_t destinations = 0;  // r[0 .. destinations) are written, the rest read
   uint8_t operands = 0;
-  uint8_t width = 1;       // elements of a vector access, matrices of ldmatrix
-  uint8_t bytes = 0;       // of one element in memory
-  uint8_t member = 0;      // index in r of a collective's member mask
-  uint8_t address = 0;     // index in r of the address register
+  uint8_t width = 1;          // elements of a vector access, matrices of ldmatrix
+  uint8_t bytes = 0;          // of one element in memory
+  uint8_t member = 0;         // index in r of a collective's member mask
+  uint32_t all_members = 0;   // the mask, if it is a constant
+  uint8_t address = 0;        // index in r of the address register
   bool wide_address = false;  // 64-bit
   bool uniform = false;       // bra.uni: all lanes must go one way
   Track track = Track::kAny;
   int32_t tracked = -1;         // index in Kernel::tracked: may meet an unset register
   Handler untracked = nullptr;  // then: what `run` was
   uint32_t r[kMaxOperands] = {};
-  uint32_t mode = 0;  // meaning is the handler's own
-  int64_t imm = 0;    // address offset, or the handler's own
+  uint32_t mode = 0;   // meaning is the handler's own
+  int64_t imm = 0;     // address offset, or the handler's own
   int32_t target = 0;  // branch
   int32_t index = 0;   // own position
   Place place;
@@ -102,9 +120,32 @@ struct RegisterName {
 
 // Registers that the launch fills in; kNoRegister where the kernel does not use them.
 enum Special {
-  kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaX, kCtaY, kCtaZ, kNctaX, kNctaY, kNctaZ,
-  kLaneId, kWarpId, kNwarpId, kSmId, kNsmId, kGridId, kEqMask, kLtMask, kLeMask, kGtMask, kGeMask,
-  kDynamicShared, kTotalShared, kSpecials
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaX,
+  kCtaY,
+  kCtaZ,
+  kNctaX,
+  kNctaY,
+  kNctaZ,
+  kLaneId,
+  kWarpId,
+  kNwarpId,
+  kSmId,
+  kNsmId,
+  kGridId,
+  kEqMask,
+  kLtMask,
+  kLeMask,
+  kGtMask,
+  kGeMask,
+  kDynamicShared,
+  kTotalShared,
+  kSpecials
 };
 
 struct Kernel {
@@ -117,8 +158,8 @@ struct Kernel {
   std::array<uint32_t, kSpecials> special;
   std::vector<Parameter> parameters;
   int64_t parameter_bytes = 0;
-  int64_t static_shared = 0;   // bytes; the dynamic part follows
-  int64_t dynamic_base = 0;    // where `.extern .shared` begins
+  int64_t static_shared = 0;  // bytes; the dynamic part follows
+  int64_t dynamic_base = 0;   // where `.extern .shared` begins
   int64_t local_bytes = 0;
   int threads_required = 0, threads_max = 1024;
   bool has_global_atomics = false;

@@ -73,7 +73,8 @@ class Run {
     worker->registers.resize(stride * warps + 64);
     char* base = worker->registers.data();
     base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
-    for (size_t i = 0; i < warps; ++i) std::copy(k.register_image.begin(), k.register_image.end(), base + stride * i);
+    for (size_t i = 0; i < warps; ++i)
+      std::copy(k.register_image.begin(), k.register_image.end(), base + stride * i);
     worker->shared.resize(static_cast<size_t>(launch_.shared_bytes()) + 16);
     worker->local.resize(static_cast<size_t>(k.local_bytes) * kLanes * warps + 16);
     worker->poison.resize(static_cast<size_t>(k.poison_slots) * warps + 1);

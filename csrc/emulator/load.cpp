@@ -52,7 +52,8 @@ KernelBuilder::KernelBuilder(Program* program, const Function* function, Kernel*
   kernel->parameter_bytes = offset;
   lay_out_shared();
   for (size_t i = 0; i < program->globals.size(); ++i) {
-    global_[program->globals[i].first] = reinterpret_cast<uint64_t>(program->globals[i].second.data());
+    global_[program->globals[i].first] =
+        reinterpret_cast<uint64_t>(program->globals[i].second.data());
   }
 }
 

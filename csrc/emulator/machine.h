@@ -30,7 +30,7 @@ struct Fault {
   std::string check;    // "out of bounds", "shared race", ...
   std::string message;  // what happened
   int lane = -1;
-  int other = -1;       // index of the other instruction of a race
+  int other = -1;  // index of the other instruction of a race
 };
 
 // Of one instruction, over the whole launch.
@@ -81,7 +81,7 @@ struct AsyncCopy {
   uint32_t mask = 0;
   uint32_t group = 0;  // by commit count of the lanes
   uint8_t bytes = 0;
-  int32_t index = 0;   // instruction
+  int32_t index = 0;  // instruction
   uint32_t to[kLanes];
   uint32_t size[kLanes];  // of the source, the rest is zero
   uint64_t from[kLanes];
@@ -133,10 +133,10 @@ struct Warp {
 };
 
 struct Barrier {
-  int arrived = 0;   // threads, whole warps
-  int expected = 0;  // 0: every warp that has not exited
-  uint32_t waiting = 0;  // warps that wait
-  uint32_t joined = 0;   // warps that arrived, waiting or not
+  int arrived = 0;                // threads, whole warps
+  int expected = 0;               // 0: every warp that has not exited
+  uint32_t waiting = 0;           // warps that wait
+  uint32_t joined = 0;            // warps that arrived, waiting or not
   uint32_t seen[kMaxWarps] = {};  // what they had seen when they arrived
   uint32_t votes_and = kAllLanes, votes_or = 0, votes_count = 0;
 };

@@ -4,6 +4,14 @@
 
 namespace llmkern {
 namespace emulator {
+namespace {
+
+uint32_t granule_of(const Tensor& t) {
+  const uint32_t bytes = std::min(t.element_bytes, 8u);
+  return bytes & (0u - bytes);
+}
+
+}  // namespace
 
 void Registry::build(std::vector<Tensor> tensors, bool slack) {
   std::sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) {
@@ -15,14 +23,14 @@ void Registry::build(std::vector<Tensor> tensors, bool slack) {
     if (!allocations_.empty() && t.begin < allocations_.back()->end) {
       Allocation& last = *allocations_.back();
       last.end = std::max(last.end, t.end);
-      last.granule = std::min(last.granule, t.element_bytes);
+      last.granule = std::min(last.granule, granule_of(t));
       last.tensors.push_back(std::move(t));
       continue;
     }
     auto a = std::make_unique<Allocation>();
     a->begin = t.begin;
     a->end = t.end;
-    a->granule = std::min(t.element_bytes, 8u);
+    a->granule = granule_of(t);
     a->tensors.push_back(std::move(t));
     allocations_.push_back(std::move(a));
   }

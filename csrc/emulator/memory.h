@@ -33,7 +33,7 @@ struct Release {
 
 struct Allocation {
   uint64_t begin = 0, end = 0;
-  uint32_t granule = 1;  // bytes of a shadow element
+  uint32_t granule = 1;  // bytes of a shadow element, a power of two
   std::vector<Tensor> tensors;
   mutable std::atomic_flag lock = ATOMIC_FLAG_INIT;
   mutable std::unique_ptr<StoreRecord[], Release> stores;  // made, zeroed, at the first store

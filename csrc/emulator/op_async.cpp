@@ -16,7 +16,8 @@ void land(Warp& w, const AsyncCopy& copy, uint32_t lanes, int index) {
     char* to = w.shared + copy.to[l];
     std::memcpy(to, reinterpret_cast<const char*>(copy.from[l]), copy.size[l]);
     std::memset(to + copy.size[l], 0, copy.bytes - copy.size[l]);
-    if (w.options->races || w.options->uninitialised) w.worker->shadow.land_copy(w, index, copy.to[l], copy.bytes);
+    if (w.options->races || w.options->uninitialised)
+      w.worker->shadow.land_copy(w, index, copy.to[l], copy.bytes);
   });
 }
 
@@ -33,7 +34,11 @@ void issue(Warp& w, const Instr& in, uint32_t mask) {
   for_lanes(mask, [&](int l) {
     to[l] &= ~kWindowMask;
     from[l] = base[l] + static_cast<uint64_t>(static_cast<int32_t>(in.mode));
-    if (size[l] > in.bytes) throw Fault{"bad cp.async", "a source of " + std::to_string(size[l]) + " bytes for a copy of " + std::to_string(in.bytes), l, -1};
+    if (size[l] > in.bytes)
+      throw Fault{"bad cp.async",
+                  "a source of " + std::to_string(size[l]) + " bytes for a copy of " +
+                      std::to_string(in.bytes),
+                  l, -1};
     if (size[l] != 0) reading |= 1u << l;
     copy.to[l] = static_cast<uint32_t>(to[l]);
     copy.from[l] = from[l];
@@ -104,7 +109,8 @@ void decode_copy(Decoder& d) {
   d.append(from, false);
   d.out.mode = static_cast<uint32_t>(static_cast<int32_t>(from_offset));
   const uint32_t bytes = d.integer(2);
-  if (bytes != 16 && (!all_levels || (bytes != 4 && bytes != 8))) d.fail("copies are of 4, 8 or 16 bytes, .cg of 16");
+  if (bytes != 16 && (!all_levels || (bytes != 4 && bytes != 8)))
+    d.fail("copies are of 4, 8 or 16 bytes, .cg of 16");
   d.out.bytes = static_cast<uint8_t>(bytes);
   const int extra = d.count() - 3 - (hint ? 1 : 0);
   if (extra > 0) {

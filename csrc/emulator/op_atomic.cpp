@@ -17,20 +17,30 @@ enum Op { kAdd, kMin, kMax, kAnd, kOr, kXor, kExch, kCas, kInc, kDec };
 template <class T, int kOp>
 T updated(T old, T b, T c) {
   switch (kOp) {
-    case kAdd: return static_cast<T>(old + b);
-    case kMin: return std::min(old, b);
-    case kMax: return std::max(old, b);
-    case kExch: return b;
-    case kCas: return old == b ? c : old;
-    case kInc: return old >= b ? T{0} : static_cast<T>(old + 1);
-    default: return old == 0 || old > b ? b : static_cast<T>(old - 1);
+    case kAdd:
+      return static_cast<T>(old + b);
+    case kMin:
+      return std::min(old, b);
+    case kMax:
+      return std::max(old, b);
+    case kExch:
+      return b;
+    case kCas:
+      return old == b ? c : old;
+    case kInc:
+      return old >= b ? T{0} : static_cast<T>(old + 1);
+    default:
+      return old == 0 || old > b ? b : static_cast<T>(old - 1);
   }
 }
 
 template <class T, int kOp>
 struct Integer {
   static T apply(T old, T b, T c) {
-    return kOp == kAnd ? old & b : kOp == kOr ? old | b : kOp == kXor ? old ^ b : updated<T, kOp>(old, b, c);
+    return kOp == kAnd   ? old & b
+           : kOp == kOr  ? old | b
+           : kOp == kXor ? old ^ b
+                         : updated<T, kOp>(old, b, c);
   }
 };
 template <class T>
@@ -44,7 +54,8 @@ struct FlushingAdd {
 template <bool kBf16>
 struct HalfAdd {
   static uint16_t apply(uint16_t old, uint16_t b, uint16_t) {
-    return kBf16 ? float_to_bf16(bf16_to_float(old) + bf16_to_float(b)) : float_to_half(half_to_float(old) + half_to_float(b));
+    return kBf16 ? float_to_bf16(bf16_to_float(old) + bf16_to_float(b))
+                 : float_to_half(half_to_float(old) + half_to_float(b));
   }
 };
 template <bool kBf16>
@@ -52,7 +63,8 @@ struct PairAdd {
   static uint32_t apply(uint32_t old, uint32_t b, uint32_t) {
     using H = HalfAdd<kBf16>;
     return H::apply(static_cast<uint16_t>(old), static_cast<uint16_t>(b), 0) |
-           uint32_t{H::apply(static_cast<uint16_t>(old >> 16), static_cast<uint16_t>(b >> 16), 0)} << 16;
+           uint32_t{H::apply(static_cast<uint16_t>(old >> 16), static_cast<uint16_t>(b >> 16), 0)}
+               << 16;
   }
 };
 
@@ -83,14 +95,23 @@ Handler pick_add(Decoder& d, Type* t) {
   *t = noftz ? d.take_type({Type::kF16, Type::kF16x2, Type::kBf16, Type::kBf16x2})
              : d.take_type({Type::kU32, Type::kS32, Type::kU64, Type::kF32, Type::kF64});
   switch (*t) {
-    case Type::kF16: return &atomic<uint16_t, HalfAdd<false>>;
-    case Type::kBf16: return &atomic<uint16_t, HalfAdd<true>>;
-    case Type::kF16x2: return &atomic<uint32_t, PairAdd<false>>;
-    case Type::kBf16x2: return &atomic<uint32_t, PairAdd<true>>;
-    case Type::kF32: return d.out.space == Space::kShared ? &atomic<float, FloatAdd<float>> : &atomic<float, FlushingAdd>;
-    case Type::kF64: return &atomic<double, FloatAdd<double>>;
-    case Type::kU64: return integer<uint64_t, kAdd>;
-    default: return integer<uint32_t, kAdd>;
+    case Type::kF16:
+      return &atomic<uint16_t, HalfAdd<false>>;
+    case Type::kBf16:
+      return &atomic<uint16_t, HalfAdd<true>>;
+    case Type::kF16x2:
+      return &atomic<uint32_t, PairAdd<false>>;
+    case Type::kBf16x2:
+      return &atomic<uint32_t, PairAdd<true>>;
+    case Type::kF32:
+      return d.out.space == Space::kShared ? &atomic<float, FloatAdd<float>>
+                                           : &atomic<float, FlushingAdd>;
+    case Type::kF64:
+      return &atomic<double, FloatAdd<double>>;
+    case Type::kU64:
+      return integer<uint64_t, kAdd>;
+    default:
+      return integer<uint32_t, kAdd>;
   }
 }
 
@@ -98,10 +119,14 @@ template <int kOp>
 Handler pick_order(Decoder& d, Type* t) {
   *t = d.take_type({Type::kU32, Type::kS32, Type::kU64, Type::kS64});
   switch (*t) {
-    case Type::kU32: return integer<uint32_t, kOp>;
-    case Type::kS32: return integer<int32_t, kOp>;
-    case Type::kU64: return integer<uint64_t, kOp>;
-    default: return integer<int64_t, kOp>;
+    case Type::kU32:
+      return integer<uint32_t, kOp>;
+    case Type::kS32:
+      return integer<int32_t, kOp>;
+    case Type::kU64:
+      return integer<uint64_t, kOp>;
+    default:
+      return integer<int64_t, kOp>;
   }
 }
 
@@ -113,16 +138,25 @@ Handler pick_bits(Decoder& d, Type* t) {
 
 Handler pick(Decoder& d, int op, Type* t) {
   switch (op) {
-    case kAdd: return pick_add(d, t);
-    case kMin: return pick_order<kMin>(d, t);
-    case kMax: return pick_order<kMax>(d, t);
-    case kAnd: return pick_bits<kAnd>(d, t);
-    case kOr: return pick_bits<kOr>(d, t);
-    case kXor: return pick_bits<kXor>(d, t);
-    case kExch: return pick_bits<kExch>(d, t);
+    case kAdd:
+      return pick_add(d, t);
+    case kMin:
+      return pick_order<kMin>(d, t);
+    case kMax:
+      return pick_order<kMax>(d, t);
+    case kAnd:
+      return pick_bits<kAnd>(d, t);
+    case kOr:
+      return pick_bits<kOr>(d, t);
+    case kXor:
+      return pick_bits<kXor>(d, t);
+    case kExch:
+      return pick_bits<kExch>(d, t);
     case kCas:
       *t = d.take_type({Type::kB16, Type::kB32, Type::kB64});
-      return *t == Type::kB16 ? integer<uint16_t, kCas> : *t == Type::kB32 ? integer<uint32_t, kCas> : integer<uint64_t, kCas>;
+      return *t == Type::kB16   ? integer<uint16_t, kCas>
+             : *t == Type::kB32 ? integer<uint32_t, kCas>
+                                : integer<uint64_t, kCas>;
     default:
       *t = d.take_type({Type::kU32});
       return op == kInc ? integer<uint32_t, kInc> : integer<uint32_t, kDec>;
@@ -131,9 +165,11 @@ Handler pick(Decoder& d, int op, Type* t) {
 
 void decode(Decoder& d, bool returns) {
   const MemoryModifiers m = take_memory_modifiers(d);
-  if (m.space != Space::kGlobal && m.space != Space::kShared && m.space != Space::kGeneric) d.fail("atomics are for global and shared memory");
+  if (m.space != Space::kGlobal && m.space != Space::kShared && m.space != Space::kGeneric)
+    d.fail("atomics are for global and shared memory");
   d.out.space = m.space;
-  const int op = d.take_one_of({"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"});
+  const int op =
+      d.take_one_of({"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"});
   if (!returns && (op == kExch || op == kCas)) d.fail("red has no exch and cas");
   const bool hint = m.cache_hint || d.take("L2::cache_hint");
   Type t;

@@ -6,37 +6,57 @@ namespace llmkern {
 namespace emulator {
 namespace {
 
-template <class T> struct And { static T apply(T a, T b) { return a & b; } };
-template <class T> struct Or { static T apply(T a, T b) { return a | b; } };
-template <class T> struct Xor { static T apply(T a, T b) { return a ^ b; } };
-template <class T> struct Not { static T apply(T a) { return static_cast<T>(~a); } };
-template <class T> struct LogicalNot { static T apply(T a) { return a == 0 ? 1 : 0; } };
+template <class T>
+struct And {
+  static T apply(T a, T b) { return a & b; }
+};
+template <class T>
+struct Or {
+  static T apply(T a, T b) { return a | b; }
+};
+template <class T>
+struct Xor {
+  static T apply(T a, T b) { return a ^ b; }
+};
+template <class T>
+struct Not {
+  static T apply(T a) { return static_cast<T>(~a); }
+};
+template <class T>
+struct LogicalNot {
+  static T apply(T a) { return a == 0 ? 1 : 0; }
+};
 // Shifts clamp at the width.
-template <class T> struct ShiftLeft {
+template <class T>
+struct ShiftLeft {
   static T apply(T a, uint32_t n) {
     return n >= 8 * sizeof(T) ? T{0} : static_cast<T>(uint64_t(a) << n);
   }
 };
-template <class T> struct ShiftRight {
+template <class T>
+struct ShiftRight {
   static T apply(T a, uint32_t n) {
     const uint32_t last = 8 * sizeof(T) - 1;
     return n > last ? static_cast<T>((a >> last) >> 1) : static_cast<T>(a >> n);
   }
 };
-template <bool kClamp> struct FunnelLeft {
+template <bool kClamp>
+struct FunnelLeft {
   static uint32_t apply(uint32_t a, uint32_t b, uint32_t c) {
     const uint32_t n = kClamp ? (c > 32 ? 32 : c) : c & 31;
     return static_cast<uint32_t>(((uint64_t(b) << 32 | a) << n) >> 32);
   }
 };
-template <bool kClamp> struct FunnelRight {
+template <bool kClamp>
+struct FunnelRight {
   static uint32_t apply(uint32_t a, uint32_t b, uint32_t c) {
     const uint32_t n = kClamp ? (c > 32 ? 32 : c) : c & 31;
     return static_cast<uint32_t>((uint64_t(b) << 32 | a) >> n);
   }
 };
 // Bits [pos, pos + len) with the field's top bit (or the value's, past its end) spread upwards.
-template <class U, bool kSigned> struct ExtractField {
+template <class U, bool kSigned>
+struct ExtractField {
   static U apply(U a, uint32_t b, uint32_t c) {
     const uint32_t width = 8 * sizeof(U), pos = b & 0xff, len = c & 0xff;
     if (len == 0) return 0;
@@ -66,24 +86,32 @@ void bfi(Warp& w, const Instr& in, uint32_t mask) {
                                           w.at<uint32_t>(in.r[3])[l], w.at<uint32_t>(in.r[4])[l]);
   });
 }
-template <class U> int leading_zeros(U a) {
+template <class U>
+int leading_zeros(U a) {
   if (a == 0) return 8 * sizeof(U);
   return sizeof(U) == 8 ? __builtin_clzll(a) : __builtin_clz(static_cast<uint32_t>(a));
 }
-template <class U> struct CountLeading { static uint32_t apply(U a) { return static_cast<uint32_t>(leading_zeros(a)); } };
-template <class U> struct PopCount {
+template <class U>
+struct CountLeading {
+  static uint32_t apply(U a) { return static_cast<uint32_t>(leading_zeros(a)); }
+};
+template <class U>
+struct PopCount {
   static uint32_t apply(U a) {
-    return static_cast<uint32_t>(bit_count(static_cast<uint32_t>(a)) + bit_count(static_cast<uint32_t>(uint64_t(a) >> 32)));
+    return static_cast<uint32_t>(bit_count(static_cast<uint32_t>(a)) +
+                                 bit_count(static_cast<uint32_t>(uint64_t(a) >> 32)));
   }
 };
-template <class U> struct Reverse {
+template <class U>
+struct Reverse {
   static U apply(U a) {
     U r = 0;
     for (size_t i = 0; i < 8 * sizeof(U); ++i) r = static_cast<U>(r << 1 | (a >> i & 1));
     return r;
   }
 };
-template <class U, bool kSigned, bool kShift> struct FindTop {
+template <class U, bool kSigned, bool kShift>
+struct FindTop {
   static uint32_t apply(U a) {
     const int width = 8 * sizeof(U);
     if (kSigned && (a >> (width - 1)) != 0) a = static_cast<U>(~a);
@@ -115,13 +143,15 @@ uint32_t permute_mode(uint32_t a, uint32_t b, uint32_t c, uint32_t mode) {
 }
 void permute_by_mode(Warp& w, const Instr& in, uint32_t mask) {
   for_lanes(mask, [&](int l) {
-    w.at<uint32_t>(in.r[0])[l] = permute_mode(w.at<uint32_t>(in.r[1])[l], w.at<uint32_t>(in.r[2])[l],
-                                              w.at<uint32_t>(in.r[3])[l], in.mode);
+    w.at<uint32_t>(in.r[0])[l] =
+        permute_mode(w.at<uint32_t>(in.r[1])[l], w.at<uint32_t>(in.r[2])[l],
+                     w.at<uint32_t>(in.r[3])[l], in.mode);
   });
 }
 void lookup3(Warp& w, const Instr& in, uint32_t mask) {
   for_lanes(mask, [&](int l) {
-    const uint32_t a = w.at<uint32_t>(in.r[1])[l], b = w.at<uint32_t>(in.r[2])[l], c = w.at<uint32_t>(in.r[3])[l];
+    const uint32_t a = w.at<uint32_t>(in.r[1])[l], b = w.at<uint32_t>(in.r[2])[l],
+                   c = w.at<uint32_t>(in.r[3])[l];
     uint32_t r = 0;
     for (int i = 0; i < 8; ++i) {
       if ((in.mode >> i & 1) == 0) continue;
@@ -148,7 +178,8 @@ void operands(Decoder& d, Type t, int sources, Handler run) {
 template <template <class> class Op, int kPredicateOp>
 void decode_logic(Decoder& d) {
   const Type t = d.take_type({Type::kPred, Type::kB16, Type::kB32, Type::kB64});
-  if (t == Type::kPred && kPredicateOp < 2) d.out.track = kPredicateOp == 0 ? Track::kAnd : Track::kOr;
+  if (t == Type::kPred && kPredicateOp < 2)
+    d.out.track = kPredicateOp == 0 ? Track::kAnd : Track::kOr;
   operands(d, t, 2,
            t == Type::kPred  ? &predicate_logic<kPredicateOp>
            : t == Type::kB16 ? binary_of<uint16_t, Op<uint16_t>>
@@ -187,11 +218,17 @@ void decode_shift(Decoder& d, bool left) {
   const bool is_signed = t == Type::kS16 || t == Type::kS32 || t == Type::kS64;
   const int size = bytes_of(t);
   if (left) {
-    d.out.run = size == 2 ? shift_of<uint16_t, ShiftLeft> : size == 4 ? shift_of<uint32_t, ShiftLeft> : shift_of<uint64_t, ShiftLeft>;
+    d.out.run = size == 2   ? shift_of<uint16_t, ShiftLeft>
+                : size == 4 ? shift_of<uint32_t, ShiftLeft>
+                            : shift_of<uint64_t, ShiftLeft>;
   } else if (is_signed) {
-    d.out.run = size == 2 ? shift_of<int16_t, ShiftRight> : size == 4 ? shift_of<int32_t, ShiftRight> : shift_of<int64_t, ShiftRight>;
+    d.out.run = size == 2   ? shift_of<int16_t, ShiftRight>
+                : size == 4 ? shift_of<int32_t, ShiftRight>
+                            : shift_of<int64_t, ShiftRight>;
   } else {
-    d.out.run = size == 2 ? shift_of<uint16_t, ShiftRight> : size == 4 ? shift_of<uint32_t, ShiftRight> : shift_of<uint64_t, ShiftRight>;
+    d.out.run = size == 2   ? shift_of<uint16_t, ShiftRight>
+                : size == 4 ? shift_of<uint32_t, ShiftRight>
+                            : shift_of<uint64_t, ShiftRight>;
   }
 }
 
@@ -200,8 +237,10 @@ void decode_funnel(Decoder& d) {
   const bool clamp = d.take_one_of({"clamp", "wrap"}) == 0;
   const Type t = d.take_type({Type::kB32});
   operands(d, t, 3,
-           left ? (clamp ? ternary_of<uint32_t, FunnelLeft<true>> : ternary_of<uint32_t, FunnelLeft<false>>)
-                : (clamp ? ternary_of<uint32_t, FunnelRight<true>> : ternary_of<uint32_t, FunnelRight<false>>));
+           left ? (clamp ? ternary_of<uint32_t, FunnelLeft<true>>
+                         : ternary_of<uint32_t, FunnelLeft<false>>)
+                : (clamp ? ternary_of<uint32_t, FunnelRight<true>>
+                         : ternary_of<uint32_t, FunnelRight<false>>));
 }
 
 template <class U, bool kSigned>
@@ -233,8 +272,11 @@ void decode_bfi(Decoder& d) {
 
 template <class U>
 Handler find_top(bool is_signed, bool shift) {
-  if (is_signed) return shift ? &unary<uint32_t, U, FindTop<U, true, true>> : &unary<uint32_t, U, FindTop<U, true, false>>;
-  return shift ? &unary<uint32_t, U, FindTop<U, false, true>> : &unary<uint32_t, U, FindTop<U, false, false>>;
+  if (is_signed)
+    return shift ? &unary<uint32_t, U, FindTop<U, true, true>>
+                 : &unary<uint32_t, U, FindTop<U, true, false>>;
+  return shift ? &unary<uint32_t, U, FindTop<U, false, true>>
+               : &unary<uint32_t, U, FindTop<U, false, false>>;
 }
 
 void decode_bfind(Decoder& d) {
@@ -244,7 +286,8 @@ void decode_bfind(Decoder& d) {
   d.dst(0, Type::kU32);
   d.src(1, t);
   const bool is_signed = t == Type::kS32 || t == Type::kS64;
-  d.out.run = bytes_of(t) == 4 ? find_top<uint32_t>(is_signed, shift) : find_top<uint64_t>(is_signed, shift);
+  d.out.run = bytes_of(t) == 4 ? find_top<uint32_t>(is_signed, shift)
+                               : find_top<uint64_t>(is_signed, shift);
 }
 
 void decode_to_count(Decoder& d, Handler narrow, Handler wide) {
@@ -289,14 +332,18 @@ void add_bit_opcodes(OpcodeTable* table) {
   (*table)["prmt"] = decode_prmt;
   (*table)["lop3"] = decode_lop3;
   (*table)["popc"] = [](Decoder& d) {
-    decode_to_count(d, &unary<uint32_t, uint32_t, PopCount<uint32_t>>, &unary<uint32_t, uint64_t, PopCount<uint64_t>>);
+    decode_to_count(d, &unary<uint32_t, uint32_t, PopCount<uint32_t>>,
+                    &unary<uint32_t, uint64_t, PopCount<uint64_t>>);
   };
   (*table)["clz"] = [](Decoder& d) {
-    decode_to_count(d, &unary<uint32_t, uint32_t, CountLeading<uint32_t>>, &unary<uint32_t, uint64_t, CountLeading<uint64_t>>);
+    decode_to_count(d, &unary<uint32_t, uint32_t, CountLeading<uint32_t>>,
+                    &unary<uint32_t, uint64_t, CountLeading<uint64_t>>);
   };
   (*table)["brev"] = [](Decoder& d) {
     const Type t = d.take_type({Type::kB32, Type::kB64});
-    operands(d, t, 1, t == Type::kB32 ? unary_of<uint32_t, Reverse<uint32_t>> : unary_of<uint64_t, Reverse<uint64_t>>);
+    operands(d, t, 1,
+             t == Type::kB32 ? unary_of<uint32_t, Reverse<uint32_t>>
+                             : unary_of<uint64_t, Reverse<uint64_t>>);
   };
 }
 

@@ -19,21 +19,33 @@ inline bool holds(T a, T b) {
   if (kCmp == kNan) return a != a || b != b;
   if (kUnordered) {
     switch (kCmp) {
-      case kEq: return !(a < b) && !(a > b);
-      case kNe: return a != b;
-      case kLt: return !(a >= b);
-      case kLe: return !(a > b);
-      case kGt: return !(a <= b);
-      default: return !(a < b);
+      case kEq:
+        return !(a < b) && !(a > b);
+      case kNe:
+        return a != b;
+      case kLt:
+        return !(a >= b);
+      case kLe:
+        return !(a > b);
+      case kGt:
+        return !(a <= b);
+      default:
+        return !(a < b);
     }
   }
   switch (kCmp) {
-    case kEq: return a == b;
-    case kNe: return a < b || a > b;
-    case kLt: return a < b;
-    case kLe: return a <= b;
-    case kGt: return a > b;
-    default: return a >= b;
+    case kEq:
+      return a == b;
+    case kNe:
+      return a < b || a > b;
+    case kLt:
+      return a < b;
+    case kLe:
+      return a <= b;
+    case kGt:
+      return a > b;
+    default:
+      return a >= b;
   }
 }
 
@@ -67,19 +79,26 @@ struct Table {
 };
 template <template <int, bool> class F>
 Table make_table() {
-  return {{{F<0, false>::f, F<1, false>::f, F<2, false>::f, F<3, false>::f, F<4, false>::f, F<5, false>::f,
-            F<6, false>::f, F<7, false>::f},
-           {F<0, true>::f, F<1, true>::f, F<2, true>::f, F<3, true>::f, F<4, true>::f, F<5, true>::f,
-            F<6, true>::f, F<7, true>::f}}};
+  return {{{F<0, false>::f, F<1, false>::f, F<2, false>::f, F<3, false>::f, F<4, false>::f,
+            F<5, false>::f, F<6, false>::f, F<7, false>::f},
+           {F<0, true>::f, F<1, true>::f, F<2, true>::f, F<3, true>::f, F<4, true>::f,
+            F<5, true>::f, F<6, true>::f, F<7, true>::f}}};
 }
 template <class T>
 struct Plain {
-  template <int kCmp, bool kU> struct F { static constexpr CompareFunction f = &compare<T, kCmp, kU>; };
+  template <int kCmp, bool kU>
+  struct F {
+    static constexpr CompareFunction f = &compare<T, kCmp, kU>;
+  };
 };
-template <int kCmp, bool kU> struct Flushed { static constexpr CompareFunction f = &compare_flushed<kCmp, kU>; };
+template <int kCmp, bool kU>
+struct Flushed {
+  static constexpr CompareFunction f = &compare_flushed<kCmp, kU>;
+};
 template <bool kBf16, int kParts, int kPart>
 struct Half {
-  template <int kCmp, bool kU> struct F {
+  template <int kCmp, bool kU>
+  struct F {
     static constexpr CompareFunction f = &compare_half<kBf16, kParts, kPart, kCmp, kU>;
   };
 };
@@ -87,20 +106,35 @@ struct Half {
 CompareFunction choose(Type t, int cmp, bool unordered, bool ftz, int part) {
   const auto pick = [&](const Table& table) { return table.f[unordered][cmp]; };
   switch (t) {
-    case Type::kB16: case Type::kU16: return pick(make_table<Plain<uint16_t>::F>());
-    case Type::kS16: return pick(make_table<Plain<int16_t>::F>());
-    case Type::kB32: case Type::kU32: return pick(make_table<Plain<uint32_t>::F>());
-    case Type::kS32: return pick(make_table<Plain<int32_t>::F>());
-    case Type::kB64: case Type::kU64: return pick(make_table<Plain<uint64_t>::F>());
-    case Type::kS64: return pick(make_table<Plain<int64_t>::F>());
-    case Type::kF32: return ftz ? pick(make_table<Flushed>()) : pick(make_table<Plain<float>::F>());
-    case Type::kF64: return pick(make_table<Plain<double>::F>());
-    case Type::kF16: return pick(make_table<Half<false, 1, 0>::F>());
-    case Type::kBf16: return pick(make_table<Half<true, 1, 0>::F>());
+    case Type::kB16:
+    case Type::kU16:
+      return pick(make_table<Plain<uint16_t>::F>());
+    case Type::kS16:
+      return pick(make_table<Plain<int16_t>::F>());
+    case Type::kB32:
+    case Type::kU32:
+      return pick(make_table<Plain<uint32_t>::F>());
+    case Type::kS32:
+      return pick(make_table<Plain<int32_t>::F>());
+    case Type::kB64:
+    case Type::kU64:
+      return pick(make_table<Plain<uint64_t>::F>());
+    case Type::kS64:
+      return pick(make_table<Plain<int64_t>::F>());
+    case Type::kF32:
+      return ftz ? pick(make_table<Flushed>()) : pick(make_table<Plain<float>::F>());
+    case Type::kF64:
+      return pick(make_table<Plain<double>::F>());
+    case Type::kF16:
+      return pick(make_table<Half<false, 1, 0>::F>());
+    case Type::kBf16:
+      return pick(make_table<Half<true, 1, 0>::F>());
     case Type::kF16x2:
-      return part == 0 ? pick(make_table<Half<false, 2, 0>::F>()) : pick(make_table<Half<false, 2, 1>::F>());
+      return part == 0 ? pick(make_table<Half<false, 2, 0>::F>())
+                       : pick(make_table<Half<false, 2, 1>::F>());
     default:
-      return part == 0 ? pick(make_table<Half<true, 2, 0>::F>()) : pick(make_table<Half<true, 2, 1>::F>());
+      return part == 0 ? pick(make_table<Half<true, 2, 0>::F>())
+                       : pick(make_table<Half<true, 2, 1>::F>());
   }
 }
 
@@ -157,7 +191,8 @@ void set(Warp& w, const Instr& in, uint32_t mask) {
   const Compare c = unpack(in);
   const uint32_t c_at = c.combine == kNoBool ? 0 : in.r[3];
   const uint32_t low = combined(w, c, c.low(w, in.r[1], in.r[2], false), c_at);
-  const uint32_t high = c.high == nullptr ? 0 : combined(w, c, c.high(w, in.r[1], in.r[2], false), c_at);
+  const uint32_t high =
+      c.high == nullptr ? 0 : combined(w, c, c.high(w, in.r[1], in.r[2], false), c_at);
   const bool pair = c.high != nullptr;
   uint32_t one = ~0u;
   if (in.type == Type::kF32) one = 0x3f800000u;
@@ -179,7 +214,8 @@ void take_comparison(Decoder& d) {
   const std::string name = d.peek();
   static const char* names[] = {"eq", "ne", "lt", "le", "gt", "ge", "num", "nan"};
   static const char* unordered[] = {"equ", "neu", "ltu", "leu", "gtu", "geu"};
-  static const std::pair<const char*, int> same_as[] = {{"lo", kLt}, {"ls", kLe}, {"hi", kGt}, {"hs", kGe}};
+  static const std::pair<const char*, int> same_as[] = {
+      {"lo", kLt}, {"ls", kLe}, {"hi", kGt}, {"hs", kGe}};
   int cmp = -1;
   bool is_unordered = false, needs_unsigned = false;
   for (int i = 0; i < 8; ++i) cmp = name == names[i] ? i : cmp;
@@ -199,8 +235,9 @@ void take_comparison(Decoder& d) {
   d.take(name.c_str());
   const int combine = d.take_optional({"and", "or", "xor"}) + 1;
   const bool ftz = d.take("ftz");
-  d.out.mode = static_cast<uint32_t>(cmp) << 8 | uint32_t{is_unordered} << 11 | uint32_t{ftz} << 12 |
-               static_cast<uint32_t>(combine) << 13 | uint32_t{needs_unsigned} << 16;
+  d.out.mode = static_cast<uint32_t>(cmp) << 8 | uint32_t{is_unordered} << 11 |
+               uint32_t{ftz} << 12 | static_cast<uint32_t>(combine) << 13 |
+               uint32_t{needs_unsigned} << 16;
 }
 
 // The operand type, with the rules of the comparison.
@@ -212,9 +249,12 @@ Type take_operand_type(Decoder& d) {
   const bool is_signed = t == Type::kS16 || t == Type::kS32 || t == Type::kS64;
   if (!bits && !is_unsigned && !is_signed && !is_float(t)) d.fail("type cannot be compared");
   if (bits && cmp > kNe) d.fail("a .b type is only compared by .eq and .ne");
-  if (((d.out.mode >> 11 & 1) != 0 || cmp >= kNum) && !is_float(t)) d.fail("a float comparison of integers");
-  if ((d.out.mode >> 12 & 1) != 0 && t != Type::kF32 && t != Type::kF16 && t != Type::kF16x2) d.fail(".ftz is for floats");
-  if ((d.out.mode >> 16 & 1) != 0 && !is_unsigned) d.fail("lo, ls, hi, hs compare unsigned integers");
+  if (((d.out.mode >> 11 & 1) != 0 || cmp >= kNum) && !is_float(t))
+    d.fail("a float comparison of integers");
+  if ((d.out.mode >> 12 & 1) != 0 && t != Type::kF32 && t != Type::kF16 && t != Type::kF16x2)
+    d.fail(".ftz is for floats");
+  if ((d.out.mode >> 16 & 1) != 0 && !is_unsigned)
+    d.fail("lo, ls, hi, hs compare unsigned integers");
   // `ne` of floats is false on NaN, of integers there is none.
   d.out.mode |= static_cast<uint32_t>(t);
   return t;
@@ -251,7 +291,8 @@ void decode_setp(Decoder& d) {
 
 void decode_set(Decoder& d) {
   take_comparison(d);
-  const Type result = d.take_type({Type::kU32, Type::kS32, Type::kF32, Type::kF16, Type::kF16x2, Type::kBf16, Type::kBf16x2});
+  const Type result = d.take_type(
+      {Type::kU32, Type::kS32, Type::kF32, Type::kF16, Type::kF16x2, Type::kBf16, Type::kBf16x2});
   const Type t = take_operand_type(d);
   const bool combine = (d.out.mode >> 13 & 3) != 0;
   d.expect(combine ? 4 : 3);
@@ -278,8 +319,9 @@ void selp(Warp& w, const Instr& in, uint32_t mask) {
 }
 
 void decode_selp(Decoder& d) {
-  const Type t = d.take_type({Type::kB16, Type::kU16, Type::kS16, Type::kB32, Type::kU32, Type::kS32, Type::kF32,
-                              Type::kB64, Type::kU64, Type::kS64, Type::kF64});
+  const Type t =
+      d.take_type({Type::kB16, Type::kU16, Type::kS16, Type::kB32, Type::kU32, Type::kS32,
+                   Type::kF32, Type::kB64, Type::kU64, Type::kS64, Type::kF64});
   d.expect(4);
   d.dst(0, t);
   d.src(1, t);
@@ -287,7 +329,9 @@ void decode_selp(Decoder& d) {
   d.src(3, Type::kPred);
   d.out.klass = Class::kMove;
   d.out.track = Track::kSelect;
-  d.out.run = bytes_of(t) == 2 ? &selp<uint16_t> : bytes_of(t) == 4 ? &selp<uint32_t> : &selp<uint64_t>;
+  d.out.run = bytes_of(t) == 2   ? &selp<uint16_t>
+              : bytes_of(t) == 4 ? &selp<uint32_t>
+                                 : &selp<uint64_t>;
 }
 
 template <class T>
@@ -310,7 +354,9 @@ void decode_slct(Decoder& d) {
   d.src(3, c);
   d.out.mode = c == Type::kF32;
   d.out.klass = Class::kMove;
-  d.out.run = bytes_of(t) == 2 ? &slct<uint16_t> : bytes_of(t) == 4 ? &slct<uint32_t> : &slct<uint64_t>;
+  d.out.run = bytes_of(t) == 2   ? &slct<uint16_t>
+              : bytes_of(t) == 4 ? &slct<uint32_t>
+                                 : &slct<uint64_t>;
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ void decode_brx(Decoder& d) {
   const auto* names = d.builder->find_targets(d.operand(1).name, d.s.scope);
   if (names == nullptr) d.fail("'" + d.operand(1).name + "' is no list of branch targets");
   std::vector<int32_t> table;
-  for (const std::string& name : *names) table.push_back(d.builder->find_label(name, d.s.scope, d.s.place.line));
+  for (const std::string& name : *names)
+    table.push_back(d.builder->find_label(name, d.s.scope, d.s.place.line));
   d.out.target = static_cast<int32_t>(d.builder->kernel->branch_tables.size());
   d.builder->kernel->branch_tables.push_back(std::move(table));
   d.out.kind = Kind::kBranchTable;
@@ -59,10 +60,9 @@ void barrier_operands(Decoder& d, int first, bool counted) {
 void decode_warp_barrier(Decoder& d) {
   d.take_one_of({"sync"});
   d.expect(1);
-  d.src(0, Type::kU32);
+  d.members(0);
   d.out.kind = Kind::kCollective;
   d.out.klass = Class::kExchange;
-  d.out.member = 0;
   d.out.run = [](Warp&, const Instr&, uint32_t) {};
 }
 

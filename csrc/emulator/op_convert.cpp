@@ -15,7 +15,8 @@ enum class Family { kInteger, kFloat, kNone };
 
 Family family(Type t) {
   if (t >= Type::kU8 && t <= Type::kS64) return Family::kInteger;
-  const bool is_float = t == Type::kF16 || t == Type::kBf16 || t == Type::kTf32 || t == Type::kF32 || t == Type::kF64;
+  const bool is_float =
+      t == Type::kF16 || t == Type::kBf16 || t == Type::kTf32 || t == Type::kF32 || t == Type::kF64;
   return is_float ? Family::kFloat : Family::kNone;
 }
 
@@ -23,17 +24,31 @@ bool is_signed(Type t) { return t >= Type::kS8 && t <= Type::kS64; }
 
 Format format_of(Type t) {
   switch (t) {
-    case Type::kF16: case Type::kF16x2: return kHalf;
-    case Type::kBf16: case Type::kBf16x2: return kBf16;
-    case Type::kTf32: return kTf32;
-    case Type::kE4m3x2: return kE4m3;
-    case Type::kE5m2x2: return kE5m2;
-    default: return kFloat;
+    case Type::kF16:
+    case Type::kF16x2:
+      return kHalf;
+    case Type::kBf16:
+    case Type::kBf16x2:
+      return kBf16;
+    case Type::kTf32:
+      return kTf32;
+    case Type::kE4m3x2:
+      return kE4m3;
+    case Type::kE5m2x2:
+      return kE5m2;
+    default:
+      return kFloat;
   }
 }
 
 // Instr::mode: source type | round << 8 | flags.
-enum : uint32_t { kToInteger = 1u << 12, kFtz = 1u << 13, kSat = 1u << 14, kRelu = 1u << 15, kSatFinite = 1u << 16 };
+enum : uint32_t {
+  kToInteger = 1u << 12,
+  kFtz = 1u << 13,
+  kSat = 1u << 14,
+  kRelu = 1u << 15,
+  kSatFinite = 1u << 16
+};
 
 __int128 read_integer(Warp& w, uint32_t at, Type t, int register_bytes, int lane) {
   uint64_t raw = register_bytes == 2   ? w.at<uint16_t>(at)[lane]
@@ -46,17 +61,22 @@ __int128 read_integer(Warp& w, uint32_t at, Type t, int register_bytes, int lane
 
 double read_float(Warp& w, uint32_t at, Type t, bool ftz, int lane) {
   switch (t) {
-    case Type::kF16: return half_to_float(w.at<uint16_t>(at)[lane]);
-    case Type::kBf16: return bf16_to_float(w.at<uint16_t>(at)[lane]);
-    case Type::kF64: return w.at<double>(at)[lane];
-    default: return ftz ? flush(w.at<float>(at)[lane]) : w.at<float>(at)[lane];
+    case Type::kF16:
+      return half_to_float(w.at<uint16_t>(at)[lane]);
+    case Type::kBf16:
+      return bf16_to_float(w.at<uint16_t>(at)[lane]);
+    case Type::kF64:
+      return w.at<double>(at)[lane];
+    default:
+      return ftz ? flush(w.at<float>(at)[lane]) : w.at<float>(at)[lane];
   }
 }
 
 void write_integer(Warp& w, const Instr& in, __int128 v, int lane) {
   const int unused = 64 - 8 * bytes_of(in.type);
   uint64_t bits = static_cast<uint64_t>(v) << unused;
-  bits = is_signed(in.type) ? static_cast<uint64_t>(static_cast<int64_t>(bits) >> unused) : bits >> unused;
+  bits = is_signed(in.type) ? static_cast<uint64_t>(static_cast<int64_t>(bits) >> unused)
+                            : bits >> unused;
   if (in.width == 2) w.at<uint16_t>(in.r[0])[lane] = static_cast<uint16_t>(bits);
   if (in.width == 4) w.at<uint32_t>(in.r[0])[lane] = static_cast<uint32_t>(bits);
   if (in.width == 8) w.at<uint64_t>(in.r[0])[lane] = bits;
@@ -69,7 +89,8 @@ void write_float(Warp& w, const Instr& in, double v, int lane) {
   if (in.type == Type::kF64) {
     w.at<double>(in.r[0])[lane] = v;
   } else if (in.type == Type::kF32) {
-    float r = round == Round::kNearest || v != v ? static_cast<float>(v) : bits_as<float>(encode(v, kFloat, round, false));
+    float r = round == Round::kNearest || v != v ? static_cast<float>(v)
+                                                 : bits_as<float>(encode(v, kFloat, round, false));
     if ((in.mode & kFtz) != 0) r = flush(r);
     w.at<float>(in.r[0])[lane] = r;
   } else if (in.type == Type::kTf32) {
@@ -82,14 +103,20 @@ void write_float(Warp& w, const Instr& in, double v, int lane) {
 
 double round_to_integer(double v, Round round) {
   switch (round) {
-    case Round::kZero: return std::trunc(v);
-    case Round::kDown: return std::floor(v);
-    case Round::kUp: return std::ceil(v);
-    default: return std::nearbyint(v);
+    case Round::kZero:
+      return std::trunc(v);
+    case Round::kDown:
+      return std::floor(v);
+    case Round::kUp:
+      return std::ceil(v);
+    default:
+      return std::nearbyint(v);
   }
 }
 
-__int128 smallest(Type t) { return is_signed(t) ? -(__int128{1} << (8 * bytes_of(t) - 1)) : __int128{0}; }
+__int128 smallest(Type t) {
+  return is_signed(t) ? -(__int128{1} << (8 * bytes_of(t) - 1)) : __int128{0};
+}
 __int128 largest(Type t) { return (__int128{1} << (8 * bytes_of(t) - (is_signed(t) ? 1 : 0))) - 1; }
 
 // An integer as a double that rounds on as the integer would.
@@ -120,7 +147,8 @@ void convert(Warp& w, const Instr& in, uint32_t mask) {
     v = round_to_integer(v, round);
     __int128 r = 0;
     if (v == v) {
-      const auto low = static_cast<double>(smallest(in.type)), high = static_cast<double>(largest(in.type));
+      const auto low = static_cast<double>(smallest(in.type)),
+                 high = static_cast<double>(largest(in.type));
       r = v <= low ? smallest(in.type) : v >= high ? largest(in.type) : static_cast<__int128>(v);
     }
     write_integer(w, in, r, l);
@@ -185,10 +213,18 @@ template <class D, class A>
 struct Cast {
   static D apply(A a) { return static_cast<D>(a); }
 };
-struct FromBf16 { static float apply(uint16_t v) { return bf16_to_float(v); } };
-struct FromHalf { static float apply(uint16_t v) { return half_to_float(v); } };
-struct ToBf16 { static uint16_t apply(float v) { return float_to_bf16(v); } };
-struct ToHalf { static uint16_t apply(float v) { return float_to_half(v); } };
+struct FromBf16 {
+  static float apply(uint16_t v) { return bf16_to_float(v); }
+};
+struct FromHalf {
+  static float apply(uint16_t v) { return half_to_float(v); }
+};
+struct ToBf16 {
+  static uint16_t apply(float v) { return float_to_bf16(v); }
+};
+struct ToHalf {
+  static uint16_t apply(float v) { return float_to_half(v); }
+};
 struct ToTf32Away {
   static uint32_t apply(float v) {
     const uint32_t b = bits_as<uint32_t>(v);
@@ -210,7 +246,8 @@ Handler common(Type to, Type from, uint32_t mode, bool exact_registers) {
   if (is(Type::kU16, Type::kU32)) return &unary<uint16_t, uint32_t, Cast<uint16_t, uint32_t>>;
   if (is(Type::kF32, Type::kBf16)) return &unary<float, uint16_t, FromBf16>;
   if (is(Type::kF32, Type::kF16)) return &unary<float, uint16_t, FromHalf>;
-  if (is(Type::kTf32, Type::kF32) && round == Round::kNearestAway) return &unary<uint32_t, float, ToTf32Away>;
+  if (is(Type::kTf32, Type::kF32) && round == Round::kNearestAway)
+    return &unary<uint32_t, float, ToTf32Away>;
   if (round != Round::kNearest) return nullptr;
   if (is(Type::kBf16, Type::kF32)) return &unary<uint16_t, float, ToBf16>;
   if (is(Type::kF16, Type::kF32)) return &unary<uint16_t, float, ToHalf>;
@@ -235,7 +272,8 @@ bool take_rounding(Decoder& d) {
   // satfinite and relu come in either order.
   for (bool again = true; again;) {
     again = false;
-    const std::pair<const char*, uint32_t> flags[] = {{"ftz", kFtz}, {"sat", kSat}, {"satfinite", kSatFinite}, {"relu", kRelu}};
+    const std::pair<const char*, uint32_t> flags[] = {
+        {"ftz", kFtz}, {"sat", kSat}, {"satfinite", kSatFinite}, {"relu", kRelu}};
     for (const auto& flag : flags) {
       if ((mode & flag.second) == 0 && d.take(flag.first)) {
         mode |= flag.second;
@@ -250,7 +288,8 @@ bool take_rounding(Decoder& d) {
 void decode_pack(Decoder& d, Type to) {
   const uint32_t round = d.out.mode >> 8 & 7;
   const bool fp8 = to == Type::kE4m3x2 || to == Type::kE5m2x2;
-  if (round > 1 || (d.out.mode & (kToInteger | kFtz | kSat)) != 0) d.fail("rounding or modifier is not known for pairs");
+  if (round > 1 || (d.out.mode & (kToInteger | kFtz | kSat)) != 0)
+    d.fail("rounding or modifier is not known for pairs");
   if (fp8 && (d.out.mode & kSatFinite) == 0) d.fail("8-bit floats need .satfinite");
   const Type from = d.take_type({Type::kF32, Type::kF16x2, Type::kE4m3x2, Type::kE5m2x2});
   d.out.type = to;
@@ -261,7 +300,9 @@ void decode_pack(Decoder& d, Type to) {
     d.src(1, from);
     d.src(2, from);
     const bool plain = round == 0 && (d.out.mode & ~0x7ffu) == 0 && !fp8;
-    d.out.run = !plain ? &pack : to == Type::kBf16x2 ? &binary<uint32_t, float, float, PackNearest<true>> : &binary<uint32_t, float, float, PackNearest<false>>;
+    d.out.run = !plain                ? &pack
+                : to == Type::kBf16x2 ? &binary<uint32_t, float, float, PackNearest<true>>
+                                      : &binary<uint32_t, float, float, PackNearest<false>>;
     return;
   }
   const bool widen = to == Type::kF16x2 && from != Type::kF16x2;
@@ -277,10 +318,14 @@ void check_rounding(Decoder& d, Type to, Type from, bool rounded) {
   const bool integer_rounding = (d.out.mode & kToInteger) != 0;
   const bool to_int = family(to) == Family::kInteger, from_int = family(from) == Family::kInteger;
   if (from_int && to_int && rounded) d.fail("no rounding between integers");
-  if (to_int && !from_int && !integer_rounding) d.fail("float to integer needs .rni .rzi .rmi or .rpi");
-  if (from_int && !to_int && (!rounded || integer_rounding)) d.fail("integer to float needs .rn .rz .rm or .rp");
+  if (to_int && !from_int && !integer_rounding)
+    d.fail("float to integer needs .rni .rzi .rmi or .rpi");
+  if (from_int && !to_int && (!rounded || integer_rounding))
+    d.fail("integer to float needs .rn .rz .rm or .rp");
   if (from_int || to_int) return;
-  const bool narrows = bytes_of(to) < bytes_of(from) || to == Type::kTf32 || (to == Type::kBf16 && from == Type::kF16) || (to == Type::kF16 && from == Type::kBf16);
+  const bool narrows = bytes_of(to) < bytes_of(from) || to == Type::kTf32 ||
+                       (to == Type::kBf16 && from == Type::kF16) ||
+                       (to == Type::kF16 && from == Type::kBf16);
   if (narrows && !rounded) d.fail("a narrowing conversion needs a rounding modifier");
   if (integer_rounding && to != from) d.fail("integer rounding is for the same float type");
   const bool away = (d.out.mode >> 8 & 7) == static_cast<uint32_t>(Round::kNearestAway);
@@ -296,10 +341,14 @@ void decode_cvt(Decoder& d) {
     return decode_pack(d, to);
   }
   const Type from = d.take_type();
-  if (family(to) == Family::kNone || family(from) == Family::kNone || from == Type::kTf32) d.fail("this pair of types is not known");
+  if (family(to) == Family::kNone || family(from) == Family::kNone || from == Type::kTf32)
+    d.fail("this pair of types is not known");
   if (to == Type::kTf32 && from != Type::kF32) d.fail(".tf32 is made of .f32");
-  if ((d.out.mode & kFtz) != 0 && to != Type::kF32 && from != Type::kF32) d.fail(".ftz is for .f32");
-  if ((d.out.mode & (kRelu | kSatFinite)) != 0 && to != Type::kF16 && to != Type::kBf16 && to != Type::kTf32) d.fail(".relu and .satfinite are not for this type");
+  if ((d.out.mode & kFtz) != 0 && to != Type::kF32 && from != Type::kF32)
+    d.fail(".ftz is for .f32");
+  if ((d.out.mode & (kRelu | kSatFinite)) != 0 && to != Type::kF16 && to != Type::kBf16 &&
+      to != Type::kTf32)
+    d.fail(".relu and .satfinite are not for this type");
   check_rounding(d, to, from, rounded);
   d.expect(2);
   d.out.type = to;
@@ -315,7 +364,8 @@ void decode_cvt(Decoder& d) {
     d.src(1, from);
   }
   const int to_bytes = std::max(2, bytes_of(to)), from_bytes = std::max(2, bytes_of(from));
-  const int have_to = d.size_of_register(d.operand(0)), have_from = d.size_of_register(d.operand(1));
+  const int have_to = d.size_of_register(d.operand(0)),
+            have_from = d.size_of_register(d.operand(1));
   d.out.width = static_cast<uint8_t>(have_to == 0 ? to_bytes : have_to);
   d.out.bytes = static_cast<uint8_t>(have_from == 0 ? from_bytes : have_from);
   const bool exact_registers = d.out.width == bytes_of(to) && d.out.bytes == bytes_of(from);

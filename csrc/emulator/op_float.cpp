@@ -1,5 +1,5 @@
-// f32, f64 and f32x2 arithmetic: add sub mul fma mad div min max abs neg copysign testp. Results are
-// IEEE; .ftz flushes inputs and results; div.full and div.approx are exactly rounded here.
+// f32, f64 and f32x2 arithmetic: add sub mul fma mad div min max abs neg copysign testp. Results
+// are IEEE; .ftz flushes inputs and results; div.full and div.approx are exactly rounded here.
 #include <cfenv>
 #include <cmath>
 
@@ -14,7 +14,9 @@ namespace {
 enum Op { kAdd, kSub, kMul, kDiv, kFma };
 
 template <class T>
-inline T saturate(T v) { return v > 0 ? (v < 1 ? v : T{1}) : T{0}; }  // NaN gives +0
+inline T saturate(T v) {
+  return v > 0 ? (v < 1 ? v : T{1}) : T{0};
+}  // NaN gives +0
 
 template <class T, int kOp>
 inline T compute(T a, T b) {
@@ -32,7 +34,8 @@ struct Arithmetic {
 // fma with the host's instruction where it has one; std::fma is a slow but exact call elsewhere.
 using FmaLanes = void (*)(float* d, const float* a, const float* b, const float* c);
 #if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) void fma_native(float* d, const float* a, const float* b, const float* c) {
+__attribute__((target("avx2,fma"))) void fma_native(float* d, const float* a, const float* b,
+                                                    const float* c) {
 #pragma GCC ivdep
   for (int l = 0; l < kLanes; ++l) d[l] = __builtin_fmaf(a[l], b[l], c[l]);
 }
@@ -75,14 +78,18 @@ struct Fma64 {
   static double apply(double a, double b, double c) { return std::fma(a, b, c); }
 };
 
-// Rounding other than to nearest, through the host's rounding mode. mode: Round | ftz << 4 | sat << 5.
+// Rounding other than to nearest, through the host's rounding mode. mode: Round | ftz << 4 | sat
+// << 5.
 template <class T, int kOp>
 void directed(Warp& w, const Instr& in, uint32_t mask) {
   const Round round = static_cast<Round>(in.mode & 15);
   const bool ftz = (in.mode & 16) != 0, sat = (in.mode & 32) != 0;
-  std::fesetround(round == Round::kZero ? FE_TOWARDZERO : round == Round::kDown ? FE_DOWNWARD : FE_UPWARD);
+  std::fesetround(round == Round::kZero   ? FE_TOWARDZERO
+                  : round == Round::kDown ? FE_DOWNWARD
+                                          : FE_UPWARD);
   for_lanes(mask, [&](int l) {
-    volatile T a = w.at<T>(in.r[1])[l], b = w.at<T>(in.r[2])[l], c = kOp == kFma ? w.at<T>(in.r[3])[l] : T{0};
+    volatile T a = w.at<T>(in.r[1])[l], b = w.at<T>(in.r[2])[l],
+               c = kOp == kFma ? w.at<T>(in.r[3])[l] : T{0};
     if (ftz) {
       a = flush(T(a));
       b = flush(T(b));
@@ -103,7 +110,8 @@ void pair(Warp& w, const Instr& in, uint32_t mask) {
   const float* c = kOp == kFma ? w.at<float>(in.r[3]) : a;
   for_lanes(mask, [&](int lane) {
     for (int l = 2 * lane; l < 2 * lane + 2; ++l) {
-      const float x = kFtz ? flush(a[l]) : a[l], y = kFtz ? flush(b[l]) : b[l], z = kFtz ? flush(c[l]) : c[l];
+      const float x = kFtz ? flush(a[l]) : a[l], y = kFtz ? flush(b[l]) : b[l],
+                  z = kFtz ? flush(c[l]) : c[l];
       const float r = kOp == kFma ? std::fma(x, y, z) : compute<float, kOp>(x, y);
       d[l] = kFtz ? flush(r) : r;
     }
@@ -125,13 +133,24 @@ struct Extreme {
     if (a == b) return kMax ? (std::signbit(a) ? b : a) : (std::signbit(a) ? a : b);
     return (a < b) != kMax ? a : b;
   }
-  static T canonical() { return sizeof(T) == 4 ? T(bits_as<float>(0x7fffffffu)) : std::numeric_limits<T>::quiet_NaN(); }
+  static T canonical() {
+    return sizeof(T) == 4 ? T(bits_as<float>(0x7fffffffu)) : std::numeric_limits<T>::quiet_NaN();
+  }
   static T apply(T a, T b, T c) { return apply(apply(a, b), c); }
 };
 
-template <class T, bool kFtz> struct Abs { static T apply(T a) { return std::fabs(kFtz ? flush(a) : a); } };
-template <class T, bool kFtz> struct Neg { static T apply(T a) { return -(kFtz ? flush(a) : a); } };
-template <class T> struct CopySign { static T apply(T a, T b) { return std::copysign(b, a); } };
+template <class T, bool kFtz>
+struct Abs {
+  static T apply(T a) { return std::fabs(kFtz ? flush(a) : a); }
+};
+template <class T, bool kFtz>
+struct Neg {
+  static T apply(T a) { return -(kFtz ? flush(a) : a); }
+};
+template <class T>
+struct CopySign {
+  static T apply(T a, T b) { return std::copysign(b, a); }
+};
 
 struct Modifiers {
   Round round = Round::kNearest;
@@ -159,8 +178,11 @@ void operands(Decoder& d, Type t, int sources, Handler run) {
 template <class T, int kOp>
 Handler pick(const Modifiers& m) {
   if (m.round != Round::kNearest) return &directed<T, kOp>;
-  if (m.ftz) return m.sat ? binary_of<T, Arithmetic<T, kOp, true, true>> : binary_of<T, Arithmetic<T, kOp, true, false>>;
-  return m.sat ? binary_of<T, Arithmetic<T, kOp, false, true>> : binary_of<T, Arithmetic<T, kOp, false, false>>;
+  if (m.ftz)
+    return m.sat ? binary_of<T, Arithmetic<T, kOp, true, true>>
+                 : binary_of<T, Arithmetic<T, kOp, true, false>>;
+  return m.sat ? binary_of<T, Arithmetic<T, kOp, false, true>>
+               : binary_of<T, Arithmetic<T, kOp, false, false>>;
 }
 
 uint32_t mode_of(const Modifiers& m) {
@@ -222,8 +244,10 @@ void decode_min_max(Decoder& d) {
   if (three && t == Type::kF64) d.fail("three inputs are for .f32");
   operands(d, t, three ? 3 : 2,
            t == Type::kF64 ? extreme<double, kMax, false, false>(false)
-           : ftz           ? (nan ? extreme<float, kMax, true, true>(three) : extreme<float, kMax, false, true>(three))
-                           : (nan ? extreme<float, kMax, true, false>(three) : extreme<float, kMax, false, false>(three)));
+           : ftz           ? (nan ? extreme<float, kMax, true, true>(three)
+                                  : extreme<float, kMax, false, true>(three))
+                           : (nan ? extreme<float, kMax, true, false>(three)
+                                  : extreme<float, kMax, false, false>(three)));
 }
 
 template <bool kNegate>
@@ -235,10 +259,14 @@ void decode_abs_neg(Decoder& d) {
   const Type t = d.take_type({Type::kF32, Type::kF64});
   if (t == Type::kF64) {
     if (ftz) d.fail(".ftz is for .f32");
-    return operands(d, t, 1, kNegate ? unary_of<double, Neg<double, false>> : unary_of<double, Abs<double, false>>);
+    return operands(
+        d, t, 1,
+        kNegate ? unary_of<double, Neg<double, false>> : unary_of<double, Abs<double, false>>);
   }
-  const Handler plain = kNegate ? unary_of<float, Neg<float, false>> : unary_of<float, Abs<float, false>>;
-  const Handler flushing = kNegate ? unary_of<float, Neg<float, true>> : unary_of<float, Abs<float, true>>;
+  const Handler plain =
+      kNegate ? unary_of<float, Neg<float, false>> : unary_of<float, Abs<float, false>>;
+  const Handler flushing =
+      kNegate ? unary_of<float, Neg<float, true>> : unary_of<float, Abs<float, true>>;
   operands(d, t, 1, ftz ? flushing : plain);
 }
 
@@ -268,14 +296,16 @@ template <int kOp>
 void decode_add_sub(Decoder& d) {
   const Type last = last_type(d);
   if (is_half(last)) return decode_half(d, kOp == kAdd ? HalfOp::kAdd : HalfOp::kSub);
-  if (last == Type::kF32 || last == Type::kF64 || last == Type::kF32x2) return decode_arithmetic<kOp>(d);
+  if (last == Type::kF32 || last == Type::kF64 || last == Type::kF32x2)
+    return decode_arithmetic<kOp>(d);
   return kOp == kAdd ? decode_integer_add(d) : decode_integer_sub(d);
 }
 
 void decode_mul(Decoder& d) {
   const Type last = last_type(d);
   if (is_half(last)) return decode_half(d, HalfOp::kMul);
-  if (last == Type::kF32 || last == Type::kF64 || last == Type::kF32x2) return decode_arithmetic<kMul>(d);
+  if (last == Type::kF32 || last == Type::kF64 || last == Type::kF32x2)
+    return decode_arithmetic<kMul>(d);
   decode_integer_mul(d);
 }
 
@@ -290,7 +320,8 @@ void test_property(Warp& w, const Instr& in, uint32_t mask) {
   const bool wide = in.bytes == 8;
   set_predicate(w, in.r[0], mask, lane_mask([&](int l) {
                   const double v = wide ? w.at<double>(in.r[1])[l] : w.at<float>(in.r[1])[l];
-                  const int kind = wide ? std::fpclassify(v) : std::fpclassify(w.at<float>(in.r[1])[l]);
+                  const int kind =
+                      wide ? std::fpclassify(v) : std::fpclassify(w.at<float>(in.r[1])[l]);
                   return kWhat == 0   ? std::isfinite(v)
                          : kWhat == 1 ? std::isinf(v)
                          : kWhat == 2 ? !std::isnan(v)
@@ -301,9 +332,10 @@ void test_property(Warp& w, const Instr& in, uint32_t mask) {
 }
 
 void decode_testp(Decoder& d) {
-  const Handler tests[] = {&test_property<0>, &test_property<1>, &test_property<2>, &test_property<3>,
-                           &test_property<4>, &test_property<5>};
-  const int what = d.take_one_of({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
+  const Handler tests[] = {&test_property<0>, &test_property<1>, &test_property<2>,
+                           &test_property<3>, &test_property<4>, &test_property<5>};
+  const int what =
+      d.take_one_of({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
   const Type t = d.take_type({Type::kF32, Type::kF64});
   d.expect(2);
   d.dst(0, Type::kPred);
@@ -329,7 +361,9 @@ void add_float_opcodes(OpcodeTable* table) {
   (*table)["testp"] = decode_testp;
   (*table)["copysign"] = [](Decoder& d) {
     const Type t = d.take_type({Type::kF32, Type::kF64});
-    operands(d, t, 2, t == Type::kF32 ? binary_of<float, CopySign<float>> : binary_of<double, CopySign<double>>);
+    operands(
+        d, t, 2,
+        t == Type::kF32 ? binary_of<float, CopySign<float>> : binary_of<double, CopySign<double>>);
   };
 }
 

@@ -1,5 +1,5 @@
-// f16, bf16 and their pairs: add sub mul fma min max abs neg; f32 += f16 or bf16. Computed in float or
-// double and rounded once.
+// f16, bf16 and their pairs: add sub mul fma min max abs neg; f32 += f16 or bf16. Computed in float
+// or double and rounded once.
 #include <cmath>
 
 #include "families.h"
@@ -14,14 +14,18 @@ struct F16 {
   static constexpr uint16_t kNan = 0x7fff;
   static float widen(uint16_t v) { return half_to_float(v); }
   static uint16_t narrow(float v) { return float_to_half(v); }
-  static uint16_t narrow_odd(double v) { return static_cast<uint16_t>(encode(v, kHalf, Round::kNearest, false)); }
+  static uint16_t narrow_odd(double v) {
+    return static_cast<uint16_t>(encode(v, kHalf, Round::kNearest, false));
+  }
   static uint16_t flush_one(uint16_t v) { return (v & 0x7c00) == 0 ? v & 0x8000 : v; }
 };
 struct B16 {
   static constexpr uint16_t kNan = 0x7fff;
   static float widen(uint16_t v) { return bf16_to_float(v); }
   static uint16_t narrow(float v) { return float_to_bf16(v); }
-  static uint16_t narrow_odd(double v) { return static_cast<uint16_t>(encode(v, kBf16, Round::kNearest, false)); }
+  static uint16_t narrow_odd(double v) {
+    return static_cast<uint16_t>(encode(v, kBf16, Round::kNearest, false));
+  }
   static uint16_t flush_one(uint16_t v) { return v; }
 };
 
@@ -48,16 +52,30 @@ uint16_t compute(uint16_t a, uint16_t b, uint16_t c, uint32_t mode) {
   }
   uint16_t r = 0;
   switch (kOp) {
-    case HalfOp::kAdd: r = H::narrow(H::widen(a) + H::widen(b)); break;
-    case HalfOp::kSub: r = H::narrow(H::widen(a) - H::widen(b)); break;
-    case HalfOp::kMul: r = H::narrow(H::widen(a) * H::widen(b)); break;
+    case HalfOp::kAdd:
+      r = H::narrow(H::widen(a) + H::widen(b));
+      break;
+    case HalfOp::kSub:
+      r = H::narrow(H::widen(a) - H::widen(b));
+      break;
+    case HalfOp::kMul:
+      r = H::narrow(H::widen(a) * H::widen(b));
+      break;
     case HalfOp::kFma:
       r = H::narrow_odd(add_to_odd(double(H::widen(a)) * double(H::widen(b)), H::widen(c)));
       break;
-    case HalfOp::kMin: r = extreme<H>(a, b, false, (mode & kNanResult) != 0); break;
-    case HalfOp::kMax: r = extreme<H>(a, b, true, (mode & kNanResult) != 0); break;
-    case HalfOp::kAbs: r = a & 0x7fff; break;
-    case HalfOp::kNeg: r = a ^ 0x8000; break;
+    case HalfOp::kMin:
+      r = extreme<H>(a, b, false, (mode & kNanResult) != 0);
+      break;
+    case HalfOp::kMax:
+      r = extreme<H>(a, b, true, (mode & kNanResult) != 0);
+      break;
+    case HalfOp::kAbs:
+      r = a & 0x7fff;
+      break;
+    case HalfOp::kNeg:
+      r = a ^ 0x8000;
+      break;
   }
   if ((mode & kFtz) != 0) r = H::flush_one(r);
   if ((mode & (kSat | kRelu)) != 0) {
@@ -75,30 +93,43 @@ void half_lanes(Warp& w, const Instr& in, uint32_t mask) {
   const uint16_t* b = in.operands > 2 ? w.at<uint16_t>(in.r[2]) : a;
   const uint16_t* c = in.operands > 3 ? w.at<uint16_t>(in.r[3]) : a;
   for_lanes(mask, [&](int lane) {
-    for (int i = lane * kParts; i < (lane + 1) * kParts; ++i) d[i] = compute<H, kOp>(a[i], b[i], c[i], in.mode);
+    for (int i = lane * kParts; i < (lane + 1) * kParts; ++i)
+      d[i] = compute<H, kOp>(a[i], b[i], c[i], in.mode);
   });
 }
 
 template <HalfOp kOp>
 Handler pick(Type t) {
   switch (t) {
-    case Type::kF16: return &half_lanes<F16, kOp, 1>;
-    case Type::kF16x2: return &half_lanes<F16, kOp, 2>;
-    case Type::kBf16: return &half_lanes<B16, kOp, 1>;
-    default: return &half_lanes<B16, kOp, 2>;
+    case Type::kF16:
+      return &half_lanes<F16, kOp, 1>;
+    case Type::kF16x2:
+      return &half_lanes<F16, kOp, 2>;
+    case Type::kBf16:
+      return &half_lanes<B16, kOp, 1>;
+    default:
+      return &half_lanes<B16, kOp, 2>;
   }
 }
 
 Handler pick(HalfOp op, Type t) {
   switch (op) {
-    case HalfOp::kAdd: return pick<HalfOp::kAdd>(t);
-    case HalfOp::kSub: return pick<HalfOp::kSub>(t);
-    case HalfOp::kMul: return pick<HalfOp::kMul>(t);
-    case HalfOp::kFma: return pick<HalfOp::kFma>(t);
-    case HalfOp::kMin: return pick<HalfOp::kMin>(t);
-    case HalfOp::kMax: return pick<HalfOp::kMax>(t);
-    case HalfOp::kAbs: return pick<HalfOp::kAbs>(t);
-    default: return pick<HalfOp::kNeg>(t);
+    case HalfOp::kAdd:
+      return pick<HalfOp::kAdd>(t);
+    case HalfOp::kSub:
+      return pick<HalfOp::kSub>(t);
+    case HalfOp::kMul:
+      return pick<HalfOp::kMul>(t);
+    case HalfOp::kFma:
+      return pick<HalfOp::kFma>(t);
+    case HalfOp::kMin:
+      return pick<HalfOp::kMin>(t);
+    case HalfOp::kMax:
+      return pick<HalfOp::kMax>(t);
+    case HalfOp::kAbs:
+      return pick<HalfOp::kAbs>(t);
+    default:
+      return pick<HalfOp::kNeg>(t);
   }
 }
 
@@ -108,7 +139,9 @@ struct Mixed {
   static float apply(uint16_t a, float c) {
     return kOp == HalfOp::kAdd ? H::widen(a) + c : H::widen(a) - c;
   }
-  static float apply(uint16_t a, uint16_t b, float c) { return std::fma(H::widen(a), H::widen(b), c); }
+  static float apply(uint16_t a, uint16_t b, float c) {
+    return std::fma(H::widen(a), H::widen(b), c);
+  }
 };
 
 template <class H>

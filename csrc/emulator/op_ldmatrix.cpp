@@ -1,5 +1,5 @@
-// ldmatrix and stmatrix: 8x8 matrices of 16-bit elements, a row of 16 bytes at the address of each of
-// lanes 8m .. 8m+7. Lane l holds elements (l / 4, 2 * (l % 4) + {0, 1}), or of the transpose.
+// ldmatrix and stmatrix: 8x8 matrices of 16-bit elements, a row of 16 bytes at the address of each
+// of lanes 8m .. 8m+7. Lane l holds elements (l / 4, 2 * (l % 4) + {0, 1}), or of the transpose.
 #include <cstring>
 
 #include "access.h"
@@ -14,7 +14,9 @@ constexpr int kRowBytes = 16;
 
 using Matrix = uint16_t[8][8];
 
-uint32_t row_lanes(const Instr& in) { return in.width == 4 ? kAllLanes : (1u << (8 * in.width)) - 1; }
+uint32_t row_lanes(const Instr& in) {
+  return in.width == 4 ? kAllLanes : (1u << (8 * in.width)) - 1;
+}
 
 template <bool kTranspose>
 void ldmatrix(Warp& w, const Instr& in, uint32_t) {
@@ -69,7 +71,8 @@ void decode_either(Decoder& d, bool loads) {
   if (!loads) d.address(0, d.out.space);
   const Operand& registers = d.operand(loads ? 0 : 1);
   const std::vector<Operand> one = {registers};
-  const std::vector<Operand>& parts = registers.kind == Operand::kVector ? d.vector(loads ? 0 : 1, count) : one;
+  const std::vector<Operand>& parts =
+      registers.kind == Operand::kVector ? d.vector(loads ? 0 : 1, count) : one;
   if (static_cast<int>(parts.size()) != count) d.fail("a vector of registers is needed");
   for (const Operand& part : parts) loads ? d.dst(part, Type::kB32) : d.src(part, Type::kB32);
   if (loads) d.address(1, d.out.space);

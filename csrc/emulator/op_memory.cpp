@@ -17,12 +17,15 @@ MemoryModifiers take_memory_modifiers(Decoder& d) {
     *flag = true;
   };
   for (;;) {
-    const int space = d.take_optional({"global", "shared", "shared::cta", "local", "param", "const", "param::entry"});
+    const int space = d.take_optional(
+        {"global", "shared", "shared::cta", "local", "param", "const", "param::entry"});
     if (space >= 0) {
-      const Space spaces[] = {Space::kGlobal, Space::kShared, Space::kShared, Space::kLocal, Space::kParam, Space::kConst, Space::kParam};
+      const Space spaces[] = {Space::kGlobal, Space::kShared, Space::kShared, Space::kLocal,
+                              Space::kParam,  Space::kConst,  Space::kParam};
       once(&m.has_space);
       m.space = spaces[space];
-    } else if (d.take_optional({"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"}) >= 0) {
+    } else if (d.take_optional(
+                   {"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"}) >= 0) {
       once(&order);
     } else if (d.take_optional({"cta", "cluster", "gpu", "sys"}) >= 0) {
       once(&scope);
@@ -30,9 +33,10 @@ MemoryModifiers take_memory_modifiers(Decoder& d) {
       once(&m.cache_hint);
     } else if (d.take_optional({"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc"}) >= 0) {
       cache = true;  // .nc may follow .ca
-    } else if (d.take_optional({"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
-                                "L1::no_allocate", "L2::evict_first", "L2::evict_last", "L2::evict_normal",
-                                "L2::64B", "L2::128B", "L2::256B"}) < 0) {
+    } else if (d.take_optional({"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first",
+                                "L1::evict_last", "L1::no_allocate", "L2::evict_first",
+                                "L2::evict_last", "L2::evict_normal", "L2::64B", "L2::128B",
+                                "L2::256B"}) < 0) {
       break;
     }
   }
@@ -86,17 +90,23 @@ Handler load_into(int register_bytes) {
   using Middle = typename std::conditional<std::is_signed<T>::value, int32_t, uint32_t>::type;
   using Large = typename std::conditional<std::is_signed<T>::value, int64_t, uint64_t>::type;
   switch (register_bytes) {
-    case 2: return &load<kSpace, T, Narrow>;
-    case 4: return &load<kSpace, T, Middle>;
-    default: return &load<kSpace, T, Large>;
+    case 2:
+      return &load<kSpace, T, Narrow>;
+    case 4:
+      return &load<kSpace, T, Middle>;
+    default:
+      return &load<kSpace, T, Large>;
   }
 }
 template <Space kSpace, class T>
 Handler store_from(int register_bytes) {
   switch (register_bytes) {
-    case 2: return &store<kSpace, T, uint16_t>;
-    case 4: return &store<kSpace, T, uint32_t>;
-    default: return &store<kSpace, T, uint64_t>;
+    case 2:
+      return &store<kSpace, T, uint16_t>;
+    case 4:
+      return &store<kSpace, T, uint32_t>;
+    default:
+      return &store<kSpace, T, uint64_t>;
   }
 }
 
@@ -104,38 +114,59 @@ template <Space kSpace>
 Handler pick_load(Type t, int register_bytes) {
   const bool is_signed = t >= Type::kS8 && t <= Type::kS64;
   switch (bytes_of(t)) {
-    case 1: return is_signed ? load_into<kSpace, int8_t>(register_bytes) : load_into<kSpace, uint8_t>(register_bytes);
-    case 2: return is_signed ? load_into<kSpace, int16_t>(register_bytes) : load_into<kSpace, uint16_t>(register_bytes);
-    case 4: return is_signed ? load_into<kSpace, int32_t>(register_bytes) : load_into<kSpace, uint32_t>(register_bytes);
-    default: return load_into<kSpace, uint64_t>(8);
+    case 1:
+      return is_signed ? load_into<kSpace, int8_t>(register_bytes)
+                       : load_into<kSpace, uint8_t>(register_bytes);
+    case 2:
+      return is_signed ? load_into<kSpace, int16_t>(register_bytes)
+                       : load_into<kSpace, uint16_t>(register_bytes);
+    case 4:
+      return is_signed ? load_into<kSpace, int32_t>(register_bytes)
+                       : load_into<kSpace, uint32_t>(register_bytes);
+    default:
+      return load_into<kSpace, uint64_t>(8);
   }
 }
 template <Space kSpace>
 Handler pick_store(Type t, int register_bytes) {
   switch (bytes_of(t)) {
-    case 1: return store_from<kSpace, uint8_t>(register_bytes);
-    case 2: return store_from<kSpace, uint16_t>(register_bytes);
-    case 4: return store_from<kSpace, uint32_t>(register_bytes);
-    default: return store_from<kSpace, uint64_t>(8);
+    case 1:
+      return store_from<kSpace, uint8_t>(register_bytes);
+    case 2:
+      return store_from<kSpace, uint16_t>(register_bytes);
+    case 4:
+      return store_from<kSpace, uint32_t>(register_bytes);
+    default:
+      return store_from<kSpace, uint64_t>(8);
   }
 }
 
 Handler pick_load(Space space, Type t, int register_bytes) {
   switch (space) {
-    case Space::kGlobal: return pick_load<Space::kGlobal>(t, register_bytes);
-    case Space::kShared: return pick_load<Space::kShared>(t, register_bytes);
-    case Space::kLocal: return pick_load<Space::kLocal>(t, register_bytes);
-    case Space::kParam: return pick_load<Space::kParam>(t, register_bytes);
-    case Space::kConst: return pick_load<Space::kConst>(t, register_bytes);
-    default: return pick_load<Space::kGeneric>(t, register_bytes);
+    case Space::kGlobal:
+      return pick_load<Space::kGlobal>(t, register_bytes);
+    case Space::kShared:
+      return pick_load<Space::kShared>(t, register_bytes);
+    case Space::kLocal:
+      return pick_load<Space::kLocal>(t, register_bytes);
+    case Space::kParam:
+      return pick_load<Space::kParam>(t, register_bytes);
+    case Space::kConst:
+      return pick_load<Space::kConst>(t, register_bytes);
+    default:
+      return pick_load<Space::kGeneric>(t, register_bytes);
   }
 }
 Handler pick_store(Space space, Type t, int register_bytes) {
   switch (space) {
-    case Space::kGlobal: return pick_store<Space::kGlobal>(t, register_bytes);
-    case Space::kShared: return pick_store<Space::kShared>(t, register_bytes);
-    case Space::kLocal: return pick_store<Space::kLocal>(t, register_bytes);
-    default: return pick_store<Space::kGeneric>(t, register_bytes);
+    case Space::kGlobal:
+      return pick_store<Space::kGlobal>(t, register_bytes);
+    case Space::kShared:
+      return pick_store<Space::kShared>(t, register_bytes);
+    case Space::kLocal:
+      return pick_store<Space::kLocal>(t, register_bytes);
+    default:
+      return pick_store<Space::kGeneric>(t, register_bytes);
   }
 }
 
@@ -150,11 +181,15 @@ void load_parameter(Warp& w, const Instr& in, uint32_t mask) {
 
 Class class_of(Space space, bool loads) {
   switch (space) {
-    case Space::kShared: return loads ? Class::kSharedLoad : Class::kSharedStore;
-    case Space::kLocal: return Class::kLocal;
+    case Space::kShared:
+      return loads ? Class::kSharedLoad : Class::kSharedStore;
+    case Space::kLocal:
+      return Class::kLocal;
     case Space::kParam:
-    case Space::kConst: return Class::kParam;
-    default: return loads ? Class::kGlobalLoad : Class::kGlobalStore;
+    case Space::kConst:
+      return Class::kParam;
+    default:
+      return loads ? Class::kGlobalLoad : Class::kGlobalStore;
   }
 }
 
@@ -165,13 +200,15 @@ int data_operands(Decoder& d, int i, Type t, int width, bool loads) {
   int size = 0;
   for (const Operand& part : parts) {
     const int this_size = d.size_of_register(part);
-    if (this_size != 0 && size != 0 && this_size != size) d.fail("the vector's registers differ in size");
+    if (this_size != 0 && size != 0 && this_size != size)
+      d.fail("the vector's registers differ in size");
     if (this_size != 0) size = this_size;
   }
   if (size == 0) size = std::max(2, bytes_of(t));
   const Type sized = size == 2 ? Type::kB16 : size == 4 ? Type::kB32 : Type::kB64;
   if (size < bytes_of(t) || size > 8) d.fail("a data register has the wrong size for this type");
-  for (const Operand& part : parts) loads ? d.dst(part, sized) : d.src(part, part.kind == Operand::kName ? sized : t);
+  for (const Operand& part : parts)
+    loads ? d.dst(part, sized) : d.src(part, part.kind == Operand::kName ? sized : t);
   return size;
 }
 
@@ -180,7 +217,8 @@ void take_shape(Decoder& d, Type* t, int* width) {
   *width = vec < 0 ? 1 : 2 << vec;
   *t = d.take_type();
   if (*t == Type::kPred || bytes_of(*t) > 8) d.fail("type is not known here");
-  if (*width * bytes_of(*t) > kMostBytes || (*width == 8 && bytes_of(*t) < 4)) d.fail("the vector is too large");
+  if (*width * bytes_of(*t) > kMostBytes || (*width == 8 && bytes_of(*t) < 4))
+    d.fail("the vector is too large");
 }
 
 void decode_ld(Decoder& d) {
@@ -199,10 +237,12 @@ void decode_ld(Decoder& d) {
   d.out.run = pick_load(m.space, t, size);
   // [name + offset] of a parameter that lies inside: no address arithmetic.
   const Operand& from = d.operand(1);
-  const Variable* v = m.space == Space::kParam ? d.builder->find_variable(from.name, d.s.scope) : nullptr;
+  const Variable* v =
+      m.space == Space::kParam ? d.builder->find_variable(from.name, d.s.scope) : nullptr;
   if (v == nullptr || width != 1 || size != bytes_of(t) || size < 4) return;
   const int64_t at = static_cast<int64_t>(d.builder->address_of(*v)) + from.offset;
-  if (from.offset < 0 || from.offset + size > v->bytes || at % size != 0) d.fail("the read is outside the parameter");
+  if (from.offset < 0 || from.offset + size > v->bytes || at % size != 0)
+    d.fail("the read is outside the parameter");
   d.out.imm = at;
   d.out.run = size == 4 ? &load_parameter<uint32_t> : &load_parameter<uint64_t>;
 }
@@ -212,7 +252,8 @@ void decode_st(Decoder& d) {
   Type t;
   int width;
   take_shape(d, &t, &width);
-  if (m.space == Space::kParam || m.space == Space::kConst) d.fail("this space cannot be stored to");
+  if (m.space == Space::kParam || m.space == Space::kConst)
+    d.fail("this space cannot be stored to");
   d.expect(2, m.cache_hint ? 3 : 2);
   d.address(0, m.space);
   const int size = data_operands(d, 1, t, width, false);

@@ -2,10 +2,10 @@
 //
 // Lane l is in group g = l / 4 at place t = l % 4. With E elements of A and B in a 32-bit register:
 // register r of A holds row g (+ 8 if r is odd, in 16-row shapes) and columns t * E + (0 .. E-1),
-// + 4 * E in the second half of the registers; register r of B holds rows t * E + (0 .. E-1) + 4 * E * r
-// of column g; C and D hold columns 2t, 2t + 1 of row g, then of row g + 8.
-// Products of the 16- and 8-bit and tf32 formats are exact in f32; they are added in f32, k
-// ascending, where the hardware adds in an order and width of its own: equal to a tolerance.
+// + 4 * E in the second half of the registers; register r of B holds rows t * E + (0 .. E-1) + 4 *
+// E * r of column g; C and D hold columns 2t, 2t + 1 of row g, then of row g + 8. Products of the
+// 16- and 8-bit and tf32 formats are exact in f32; they are added in f32, k ascending, where the
+// hardware adds in an order and width of its own: equal to a tolerance.
 #include <cstring>
 
 #include "decode.h"
@@ -28,7 +28,9 @@ struct Tile {
 struct Shape {
   int m, k;
 };
-Shape shape_of(const Instr& in) { return {static_cast<int>(in.mode >> 8 & 0xff), static_cast<int>(in.mode & 0xff)}; }
+Shape shape_of(const Instr& in) {
+  return {static_cast<int>(in.mode >> 8 & 0xff), static_cast<int>(in.mode & 0xff)};
+}
 
 // Element formats: kCount in a register, one at a time as T.
 struct Half {
@@ -65,8 +67,11 @@ void read_a(Warp& w, const uint32_t* r, Shape s, Tile<T>* tile) {
   for (int i = 0; i < registers; ++i) {
     const uint32_t* v = w.at<uint32_t>(r[i]);
     const int row = i % tall * 8, column = i / tall * 4 * F::kCount;
-    for (int l = 0; l < kLanes; ++l) {
-      for (int e = 0; e < F::kCount; ++e) tile->a[row + l / 4][column + l % 4 * F::kCount + e] = F::at(v[l], e);
+    for (int g = 0; g < 8; ++g) {
+      T* to = tile->a[row + g] + column;
+      for (int t = 0; t < 4; ++t) {
+        for (int e = 0; e < F::kCount; ++e) to[t * F::kCount + e] = F::at(v[4 * g + t], e);
+      }
     }
   }
 }
@@ -76,24 +81,36 @@ void read_b(Warp& w, const uint32_t* r, Shape s, Tile<T>* tile) {
   const int registers = s.k / (4 * F::kCount);
   for (int i = 0; i < registers; ++i) {
     const uint32_t* v = w.at<uint32_t>(r[i]);
-    for (int l = 0; l < kLanes; ++l) {
-      for (int e = 0; e < F::kCount; ++e) tile->b[i * 4 * F::kCount + l % 4 * F::kCount + e][l / 4] = F::at(v[l], e);
+    for (int t = 0; t < 4; ++t) {
+      for (int e = 0; e < F::kCount; ++e) {
+        T* to = tile->b[(4 * i + t) * F::kCount + e];
+        for (int g = 0; g < 8; ++g) to[g] = F::at(v[4 * g + t], e);
+      }
     }
   }
 }
 
+// Two registers of C interleave to rows: lanes 4g .. 4g + 3 hold the 8 columns of row g.
 template <class T>
 void read_c(Warp& w, const uint32_t* r, Shape s, Tile<T>* tile) {
-  for (int i = 0; i < s.m / 4; ++i) {
-    const T* v = w.at<T>(r[i]);
-    for (int l = 0; l < kLanes; ++l) tile->c[i / 2 * 8 + l / 4][l % 4 * 2 + i % 2] = v[l];
+  for (int half = 0; half < s.m / 8; ++half) {
+    const T *even = w.at<T>(r[2 * half]), *odd = w.at<T>(r[2 * half + 1]);
+    T* c = tile->c[8 * half];
+    for (int l = 0; l < kLanes; ++l) {
+      c[2 * l] = even[l];
+      c[2 * l + 1] = odd[l];
+    }
   }
 }
 template <class T>
 void write_d(Warp& w, const uint32_t* r, Shape s, const Tile<T>& tile) {
-  for (int i = 0; i < s.m / 4; ++i) {
-    T* v = w.at<T>(r[i]);
-    for (int l = 0; l < kLanes; ++l) v[l] = tile.c[i / 2 * 8 + l / 4][l % 4 * 2 + i % 2];
+  for (int half = 0; half < s.m / 8; ++half) {
+    T *even = w.at<T>(r[2 * half]), *odd = w.at<T>(r[2 * half + 1]);
+    const T* c = tile.c[8 * half];
+    for (int l = 0; l < kLanes; ++l) {
+      even[l] = c[2 * l];
+      odd[l] = c[2 * l + 1];
+    }
   }
 }
 // C and D of f16: a pair in a register.
@@ -115,17 +132,20 @@ void write_d_half(Warp& w, const uint32_t* r, Shape s, const Tile<float>& tile) 
   }
 }
 
-// Same operations in the same order for every host: no contraction to fma.
-template <class T>
-inline __attribute__((always_inline)) void multiply_body(Tile<T>* t, Shape s) {
-  for (int i = 0; i < s.m; ++i) {
-    T sum[kN];
-    for (int j = 0; j < kN; ++j) sum[j] = t->c[i][j];
+// Eight rows at a time: their sums stay in registers. Same operations in the same order on every
+// host, no contraction to fma.
+using Row = float __attribute__((vector_size(kN * sizeof(float))));
+
+inline __attribute__((always_inline)) void multiply_body(Tile<float>* t, Shape s) {
+  for (int top = 0; top < s.m; top += 8) {
+    Row sum[8];
+    std::memcpy(sum, t->c[top], sizeof sum);
     for (int k = 0; k < s.k; ++k) {
-      const T a = t->a[i][k];
-      for (int j = 0; j < kN; ++j) sum[j] += a * t->b[k][j];
+      Row b;
+      std::memcpy(&b, t->b[k], sizeof b);
+      for (int i = 0; i < 8; ++i) sum[i] += t->a[top + i][k] * b;
     }
-    for (int j = 0; j < kN; ++j) t->c[i][j] = sum[j];
+    std::memcpy(t->c[top], sum, sizeof sum);
   }
 }
 #if defined(__x86_64__)
@@ -189,17 +209,18 @@ void mma_double(Warp& w, const Instr& in, uint32_t) {
   for (int l = 0; l < kLanes; ++l) {
     for (int e = 0; e < 2; ++e) {
       d[e][l] = w.at<double>(in.r[4 + e])[l];
-      for (int k = 0; k < 4; ++k) d[e][l] = std::fma(a[l / 4 * 4 + k], b[(l % 4 * 2 + e) * 4 + k], d[e][l]);
+      for (int k = 0; k < 4; ++k)
+        d[e][l] = std::fma(a[l / 4 * 4 + k], b[(l % 4 * 2 + e) * 4 + k], d[e][l]);
     }
   }
   for (int e = 0; e < 2; ++e) std::memcpy(w.at<double>(in.r[e]), d[e], sizeof d[e]);
 }
 
 struct Form {
-  const char* a;       // types as written
+  const char* a;  // types as written
   const char* b;
-  const char* result;  // of D and C
-  int count;           // elements in a register of A and B
+  const char* result;                       // of D and C
+  int count;                                // elements in a register of A and B
   std::vector<std::pair<int, int>> shapes;  // (m, k)
   Handler run;
 };
@@ -236,7 +257,8 @@ void append(Decoder& d, int i, int n, Type t, bool destination) {
   const Operand& o = d.operand(i);
   const std::vector<Operand> one = {o};
   const std::vector<Operand>& parts = o.kind == Operand::kVector ? d.vector(i, n) : one;
-  if (static_cast<int>(parts.size()) != n) d.fail("operand " + std::to_string(i) + " must be a vector of " + std::to_string(n));
+  if (static_cast<int>(parts.size()) != n)
+    d.fail("operand " + std::to_string(i) + " must be a vector of " + std::to_string(n));
   for (const Operand& part : parts) destination ? d.dst(part, t) : d.src(part, t);
 }
 

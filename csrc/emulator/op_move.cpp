@@ -1,5 +1,5 @@
-// mov (registers, vectors, clocks), cvta, isspacep, and what moves nothing: prefetch, membar, fence,
-// nanosleep, discard.
+// mov (registers, vectors, clocks), cvta, isspacep, and what moves nothing: prefetch, membar,
+// fence, nanosleep, discard.
 #include <cstring>
 
 #include "decode.h"
@@ -24,10 +24,14 @@ struct Wide {
 
 Handler mover(int bytes) {
   switch (bytes) {
-    case 2: return unary_of<uint16_t, Same<uint16_t>>;
-    case 4: return unary_of<uint32_t, Same<uint32_t>>;
-    case 8: return unary_of<uint64_t, Same<uint64_t>>;
-    default: return unary_of<Wide, Same<Wide>>;
+    case 2:
+      return unary_of<uint16_t, Same<uint16_t>>;
+    case 4:
+      return unary_of<uint32_t, Same<uint32_t>>;
+    case 8:
+      return unary_of<uint64_t, Same<uint64_t>>;
+    default:
+      return unary_of<Wide, Same<Wide>>;
   }
 }
 
@@ -94,7 +98,8 @@ void decode_reshape(Decoder& d, Type t) {
   for (const Operand& part : parts) pack ? d.src(part, element) : d.dst(part, element);
   if (!pack) d.src(1, t);
   const bool halves = n == 2 && d.out.bytes == 2;
-  d.out.run = pack ? (halves ? &pack_halves : &reshape<true>) : (halves ? &unpack_halves : &reshape<false>);
+  d.out.run =
+      pack ? (halves ? &pack_halves : &reshape<true>) : (halves ? &unpack_halves : &reshape<false>);
 }
 
 void decode_mov(Decoder& d) {
@@ -102,11 +107,14 @@ void decode_mov(Decoder& d) {
   const Type t = d.take_type();
   if (t != Type::kPred && bytes_of(t) < 2) d.fail("type is not known here");
   d.expect(2);
-  if (d.operand(0).kind == Operand::kVector || d.operand(1).kind == Operand::kVector) return decode_reshape(d, t);
+  if (d.operand(0).kind == Operand::kVector || d.operand(1).kind == Operand::kVector)
+    return decode_reshape(d, t);
   d.dst(0, t);
   const std::string& name = d.operand(1).name;
-  if (name == "%clock" || name == "%clock64" || name == "%globaltimer" || name == "%clock_hi" || name == "%globaltimer_lo") {
-    if ((bytes_of(t) == 8) != (name == "%clock64" || name == "%globaltimer")) d.fail("wrong size for " + name);
+  if (name == "%clock" || name == "%clock64" || name == "%globaltimer" || name == "%clock_hi" ||
+      name == "%globaltimer_lo") {
+    if ((bytes_of(t) == 8) != (name == "%clock64" || name == "%globaltimer"))
+      d.fail("wrong size for " + name);
     d.out.bytes = static_cast<uint8_t>(bytes_of(t));
     d.out.run = &read_clock;
     return;
@@ -122,7 +130,8 @@ void convert_address(Warp& w, const Instr& in, uint32_t mask) {
   for_lanes(mask, [&](int l) {
     uint64_t a = in.wide_address ? w.at<uint64_t>(in.r[1])[l] : w.at<uint32_t>(in.r[1])[l];
     if (kToSpace && window != 0) {
-      if ((a & kWindowMask) != window) throw Fault{"bad address", "cvta.to of an address of another space", l, -1};
+      if ((a & kWindowMask) != window)
+        throw Fault{"bad address", "cvta.to of an address of another space", l, -1};
       a &= ~kWindowMask;
     } else if (!kToSpace) {
       a |= window;

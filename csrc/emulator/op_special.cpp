@@ -16,14 +16,22 @@ enum Function { kRcp, kSqrt, kRsqrt, kEx2, kLg2, kSin, kCos, kTanh };
 template <int kF>
 inline float evaluate(float x) {
   switch (kF) {
-    case kRcp: return 1.0f / x;
-    case kSqrt: return std::sqrt(x);
-    case kRsqrt: return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
-    case kEx2: return std::exp2(x);
-    case kLg2: return std::log2(x);
-    case kSin: return std::sin(x);
-    case kCos: return std::cos(x);
-    default: return std::tanh(x);
+    case kRcp:
+      return 1.0f / x;
+    case kSqrt:
+      return std::sqrt(x);
+    case kRsqrt:
+      return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
+    case kEx2:
+      return std::exp2(x);
+    case kLg2:
+      return std::log2(x);
+    case kSin:
+      return std::sin(x);
+    case kCos:
+      return std::cos(x);
+    default:
+      return std::tanh(x);
   }
 }
 
@@ -34,7 +42,9 @@ struct Evaluate {
 
 template <int kF>
 struct Evaluate64 {
-  static double apply(double x) { return kF == kRcp ? 1.0 / x : kF == kSqrt ? std::sqrt(x) : 1.0 / std::sqrt(x); }
+  static double apply(double x) {
+    return kF == kRcp ? 1.0 / x : kF == kSqrt ? std::sqrt(x) : 1.0 / std::sqrt(x);
+  }
 };
 
 template <int kF, bool kBf16>
@@ -48,7 +58,8 @@ template <int kF, bool kBf16>
 struct EvaluatePair {
   static uint32_t apply(uint32_t v) {
     using H = EvaluateHalf<kF, kBf16>;
-    return H::apply(static_cast<uint16_t>(v)) | uint32_t{H::apply(static_cast<uint16_t>(v >> 16))} << 16;
+    return H::apply(static_cast<uint16_t>(v)) | uint32_t{H::apply(static_cast<uint16_t>(v >> 16))}
+                                                    << 16;
   }
 };
 
@@ -56,7 +67,9 @@ template <int kF>
 void directed(Warp& w, const Instr& in, uint32_t mask) {
   const Round round = static_cast<Round>(in.mode & 15);
   const bool ftz = (in.mode & 16) != 0;
-  std::fesetround(round == Round::kZero ? FE_TOWARDZERO : round == Round::kDown ? FE_DOWNWARD : FE_UPWARD);
+  std::fesetround(round == Round::kZero   ? FE_TOWARDZERO
+                  : round == Round::kDown ? FE_DOWNWARD
+                                          : FE_UPWARD);
   for_lanes(mask, [&](int l) {
     if (in.bytes == 8) {
       volatile double x = w.at<double>(in.r[1])[l];
@@ -73,10 +86,14 @@ void directed(Warp& w, const Instr& in, uint32_t mask) {
 template <int kF>
 Handler half_handler(Type t) {
   switch (t) {
-    case Type::kF16: return unary_of<uint16_t, EvaluateHalf<kF, false>>;
-    case Type::kBf16: return unary_of<uint16_t, EvaluateHalf<kF, true>>;
-    case Type::kF16x2: return unary_of<uint32_t, EvaluatePair<kF, false>>;
-    default: return unary_of<uint32_t, EvaluatePair<kF, true>>;
+    case Type::kF16:
+      return unary_of<uint16_t, EvaluateHalf<kF, false>>;
+    case Type::kBf16:
+      return unary_of<uint16_t, EvaluateHalf<kF, true>>;
+    case Type::kF16x2:
+      return unary_of<uint32_t, EvaluatePair<kF, false>>;
+    default:
+      return unary_of<uint32_t, EvaluatePair<kF, true>>;
   }
 }
 
@@ -110,7 +127,8 @@ void decode_approximate(Decoder& d) {
   const Type last = last_type(d);
   if (is_half(last)) {
     if (kF != kEx2 && kF != kTanh) d.fail("no half precision form");
-    if (ftz != (kF == kEx2 && (last == Type::kBf16 || last == Type::kBf16x2))) d.fail(".ftz goes with .bf16 here");
+    if (ftz != (kF == kEx2 && (last == Type::kBf16 || last == Type::kBf16x2)))
+      d.fail(".ftz goes with .bf16 here");
     return operands(d, d.take_type(), half_handler<kF>(last));
   }
   const Type t = kF == kRsqrt ? d.take_type({Type::kF32, Type::kF64}) : d.take_type({Type::kF32});

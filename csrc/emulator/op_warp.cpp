@@ -18,15 +18,28 @@ struct Source {
   bool inside;
 };
 Source source_of(uint32_t mode, int lane, uint32_t b, uint32_t c) {
-  const int bval = static_cast<int>(b & 31), cval = static_cast<int>(c & 31), segment = static_cast<int>(c >> 8 & 31);
+  const int bval = static_cast<int>(b & 31), cval = static_cast<int>(c & 31),
+            segment = static_cast<int>(c >> 8 & 31);
   const int last = (lane & segment) | (cval & ~segment), first = lane & segment;
   int j = 0;
   bool inside = false;
   switch (mode) {
-    case kUp: j = lane - bval; inside = j >= last; break;
-    case kDown: j = lane + bval; inside = j <= last; break;
-    case kButterfly: j = lane ^ bval; inside = j <= last; break;
-    default: j = first | (bval & ~segment); inside = j <= last; break;
+    case kUp:
+      j = lane - bval;
+      inside = j >= last;
+      break;
+    case kDown:
+      j = lane + bval;
+      inside = j <= last;
+      break;
+    case kButterfly:
+      j = lane ^ bval;
+      inside = j <= last;
+      break;
+    default:
+      j = first | (bval & ~segment);
+      inside = j <= last;
+      break;
   }
   return {inside ? j : lane, inside};
 }
@@ -36,10 +49,19 @@ void shfl(Warp& w, const Instr& in, uint32_t mask) {
   uint32_t value[kLanes], inside = 0;
   const uint32_t* a = w.at<uint32_t>(in.r[s]);
   const uint32_t *b = w.at<uint32_t>(in.r[s + 1]), *c = w.at<uint32_t>(in.r[s + 2]);
+  if (in.imm != 0 && mask == kAllLanes) {  // a constant butterfly over the whole warp
+    const auto step = static_cast<int>(in.imm);
+    for (int l = 0; l < kLanes; ++l) value[l] = a[l ^ step];
+    std::copy(value, value + kLanes, w.at<uint32_t>(in.r[0]));
+    return;
+  }
   for_lanes(mask, [&](int l) {
     const Source from = source_of(in.mode, l, b[l], c[l]);
     if ((mask >> from.lane & 1) == 0 && (w.alive >> from.lane & 1) != 0) {
-      throw Fault{"divergent collective", "shfl reads lane " + std::to_string(from.lane) + ", which is not in the member mask", l, -1};
+      throw Fault{
+          "divergent collective",
+          "shfl reads lane " + std::to_string(from.lane) + ", which is not in the member mask", l,
+          -1};
     }
     value[l] = a[from.lane];
     inside |= uint32_t{from.inside} << l;
@@ -60,9 +82,13 @@ void decode_shfl(Decoder& d) {
   d.dst(first, Type::kB32);
   if (!second.empty()) d.dst(second[0], Type::kPred);
   for (int i = 1; i <= 3; ++i) d.src(i, Type::kB32);
-  d.out.member = d.out.operands;
-  d.src(4, Type::kB32);
+  d.members(4);
   d.out.mode = static_cast<uint32_t>(mode);
+  const Operand &step = d.operand(2), &clamp = d.operand(3);
+  const bool constant = step.kind == Operand::kInteger && clamp.kind == Operand::kInteger;
+  if (mode == kButterfly && second.empty() && constant && clamp.bits == 31 && step.bits < kLanes) {
+    d.out.imm = static_cast<int64_t>(step.bits);
+  }
   d.out.kind = Kind::kCollective;
   d.out.klass = Class::kExchange;
   d.out.track = Track::kShuffle;
@@ -91,8 +117,7 @@ void decode_vote(Decoder& d) {
   d.out.mode = p.negated;
   p.negated = false;
   d.src(p, Type::kPred);
-  d.out.member = d.out.operands;
-  d.src(2, Type::kB32);
+  d.members(2);
   d.out.kind = Kind::kCollective;
   d.out.klass = Class::kExchange;
   const Handler votes[] = {&vote<0>, &vote<1>, &vote<2>, &vote<3>};
@@ -128,8 +153,7 @@ void decode_match(Decoder& d) {
   if (!second.empty() && !all) d.fail("a predicate comes with .all only");
   if (!second.empty()) d.dst(second[0], Type::kPred);
   d.src(1, t);
-  d.out.member = d.out.operands;
-  d.src(2, Type::kB32);
+  d.members(2);
   d.out.kind = Kind::kCollective;
   d.out.klass = Class::kExchange;
   d.out.run = t == Type::kB32 ? (all ? &match<uint32_t, true> : &match<uint32_t, false>)
@@ -158,8 +182,7 @@ void decode_redux(Decoder& d) {
   d.expect(3);
   d.dst(0, t);
   d.src(1, t);
-  d.out.member = d.out.operands;
-  d.src(2, Type::kB32);
+  d.members(2);
   d.out.kind = Kind::kCollective;
   d.out.klass = Class::kExchange;
   const Handler plain[] = {&redux<uint32_t, 0>, &redux<uint32_t, 1>, &redux<uint32_t, 2>,
@@ -196,8 +219,7 @@ void decode_elect(Decoder& d) {
   first.parts.clear();
   d.dst(first, Type::kB32);
   d.dst(second, Type::kPred);
-  d.out.member = d.out.operands;
-  d.src(1, Type::kB32);
+  d.members(1);
   d.out.kind = Kind::kCollective;
   d.out.klass = Class::kExchange;
   d.out.run = &elect;
@@ -208,7 +230,8 @@ void decode_elect(Decoder& d) {
 void shuffle_sources(Warp& w, const Instr& in, uint32_t mask, uint8_t* from) {
   const int s = in.destinations;
   const uint32_t *b = w.at<uint32_t>(in.r[s + 1]), *c = w.at<uint32_t>(in.r[s + 2]);
-  for_lanes(mask, [&](int l) { from[l] = static_cast<uint8_t>(source_of(in.mode, l, b[l], c[l]).lane); });
+  for_lanes(mask,
+            [&](int l) { from[l] = static_cast<uint8_t>(source_of(in.mode, l, b[l], c[l]).lane); });
 }
 
 void add_warp_opcodes(OpcodeTable* table) {

@@ -18,7 +18,8 @@ void add(Bits* b, int i) { (*b)[static_cast<size_t>(i) / 64] |= uint64_t{1} << (
 class Analysis {
  public:
   explicit Analysis(Kernel* kernel) : k_(*kernel), words_((kernel->registers.size() + 63) / 64) {
-    for (size_t i = 0; i < k_.registers.size(); ++i) ids_[k_.registers[i].offset] = static_cast<int>(i);
+    for (size_t i = 0; i < k_.registers.size(); ++i)
+      ids_[k_.registers[i].offset] = static_cast<int>(i);
   }
 
   void run() {
@@ -45,7 +46,8 @@ class Analysis {
     if (in.kind == Kind::kBranchTable) {
       for (int32_t t : k_.branch_tables[static_cast<size_t>(in.target)]) f(static_cast<size_t>(t));
     }
-    const bool leaves = in.kind == Kind::kBranch || in.kind == Kind::kBranchTable || in.kind == Kind::kExit;
+    const bool leaves =
+        in.kind == Kind::kBranch || in.kind == Kind::kBranchTable || in.kind == Kind::kExit;
     if ((!leaves || guarded) && i + 1 < size()) f(i + 1);
   }
 
@@ -128,8 +130,9 @@ class Analysis {
   }
 
   static bool loads(const Instr& in) {
-    return in.klass == Class::kGlobalLoad || in.klass == Class::kSharedLoad || in.klass == Class::kLocal ||
-           in.klass == Class::kParam || in.klass == Class::kAtomic || in.klass == Class::kMatrixLoad;
+    return in.klass == Class::kGlobalLoad || in.klass == Class::kSharedLoad ||
+           in.klass == Class::kLocal || in.klass == Class::kParam || in.klass == Class::kAtomic ||
+           in.klass == Class::kMatrixLoad;
   }
 
   // Results of poisoned operands; what comes from memory is clean.
@@ -191,7 +194,8 @@ std::string register_at(const Kernel& k, uint32_t offset) {
 }
 
 [[noreturn]] void fail(Warp& w, uint32_t offset, uint32_t lanes, const char* what) {
-  throw Fault{"unset register", register_at(*w.launch->kernel, offset) + " was never set and " + what,
+  throw Fault{"unset register",
+              register_at(*w.launch->kernel, offset) + " was never set and " + what,
               __builtin_ctz(lanes), -1};
 }
 
@@ -223,8 +227,9 @@ uint32_t result_poison(Warp& w, const Instr& in, const Tracked& t, uint32_t mask
 }
 
 bool has_address(const Instr& in) {
-  return in.klass == Class::kGlobalLoad || in.klass == Class::kGlobalStore || in.klass == Class::kSharedLoad ||
-         in.klass == Class::kSharedStore || in.klass == Class::kLocal || in.klass == Class::kAtomic ||
+  return in.klass == Class::kGlobalLoad || in.klass == Class::kGlobalStore ||
+         in.klass == Class::kSharedLoad || in.klass == Class::kSharedStore ||
+         in.klass == Class::kLocal || in.klass == Class::kAtomic ||
          in.klass == Class::kMatrixLoad || in.klass == Class::kAsyncCopy;
 }
 
@@ -247,7 +252,8 @@ void run_tracked(Warp& w, const Instr& in, uint32_t mask) {
     const uint32_t unset = t.operand[o] < 0 ? 0 : w.poison[t.operand[o]] & mask;
     if (unset == 0) continue;
     if (has_address(in) && o == in.address) fail(w, in.r[o], unset, "is an address");
-    if (in.klass == Class::kGlobalStore || in.klass == Class::kAtomic) fail(w, in.r[o], unset, "is stored to global memory");
+    if (in.klass == Class::kGlobalStore || in.klass == Class::kAtomic)
+      fail(w, in.r[o], unset, "is stored to global memory");
   }
   const uint32_t poison = result_poison(w, in, t, mask);
   in.untracked(w, in, mask);

@@ -20,12 +20,31 @@ struct PtxError : std::runtime_error {
 enum class Space : uint8_t { kGeneric, kGlobal, kShared, kLocal, kParam, kConst };
 
 enum class Type : uint8_t {
-  kNone, kPred,
-  kB8, kB16, kB32, kB64, kB128,
-  kU8, kU16, kU32, kU64,
-  kS8, kS16, kS32, kS64,
-  kF16, kF16x2, kBf16, kBf16x2, kTf32, kF32, kF32x2, kF64,
-  kE4m3x2, kE5m2x2,
+  kNone,
+  kPred,
+  kB8,
+  kB16,
+  kB32,
+  kB64,
+  kB128,
+  kU8,
+  kU16,
+  kU32,
+  kU64,
+  kS8,
+  kS16,
+  kS32,
+  kS64,
+  kF16,
+  kF16x2,
+  kBf16,
+  kBf16x2,
+  kTf32,
+  kF32,
+  kF32x2,
+  kF64,
+  kE4m3x2,
+  kE5m2x2,
 };  // clang-format off
 
 inline int bytes_of(Type t) {
@@ -45,18 +64,18 @@ inline int bytes_of(Type t) {
 Type type_named(const std::string& name);
 
 struct Place {
-  int line = 0;                // in the PTX text
+  int line = 0;                   // in the PTX text
   int file = 0, source_line = 0;  // of the last .loc
-  int inlined = -1;            // index into Module::inlined_at, or -1
+  int inlined = -1;               // index into Module::inlined_at, or -1
 };
 
 struct Operand {
   enum Kind { kName, kInteger, kFloat32, kFloat64, kVector, kAddress, kList, kSink };
   Kind kind = kName;
-  std::string name;         // kName; base of kAddress (empty: absolute)
-  bool negated = false;     // !%p
-  uint64_t bits = 0;        // value of the constants (kFloat*: the IEEE pattern)
-  int64_t offset = 0;       // kAddress; kName: symbol + offset
+  std::string name;            // kName; base of kAddress (empty: absolute)
+  bool negated = false;        // !%p
+  uint64_t bits = 0;           // value of the constants (kFloat*: the IEEE pattern)
+  int64_t offset = 0;          // kAddress; kName: symbol + offset
   std::vector<Operand> parts;  // kVector {a, b}; kList (a, b); a|b is kName with one part
 };
 
@@ -86,7 +105,7 @@ struct Scope {
   std::map<std::string, Type> families;  // %r<10>: prefix -> type
   std::map<std::string, int> family_size;
   std::map<std::string, Variable> variables;
-  std::map<std::string, int> labels;                    // -> index of the next statement
+  std::map<std::string, int> labels;  // -> index of the next statement
   std::map<std::string, std::vector<std::string>> branch_targets;
 };
 

@@ -1,6 +1,9 @@
 #include "ptx_lexer.h"
 
 #include <cctype>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
 
 namespace llmkern {
 namespace emulator {
@@ -81,7 +84,8 @@ class Lexer {
       return number();
     }
     if (starts_word(c)) {
-      while (in_word(at(pos_)) || (at(pos_) == ':' && at(pos_ + 1) == ':' && in_word(at(pos_ + 2)))) {
+      while (in_word(at(pos_)) ||
+             (at(pos_) == ':' && at(pos_ + 1) == ':' && in_word(at(pos_ + 2)))) {
         pos_ += at(pos_) == ':' ? 2 : 1;
       }
       return push(Token::kWord, text_.substr(begin, pos_ - begin));
@@ -122,6 +126,54 @@ class Lexer {
 }  // namespace
 
 TokenList tokenize(const std::string& text) { return Lexer(text).run(); }
+
+Type type_named(const std::string& name) {
+  static const std::map<std::string, Type> types = {
+      {"pred", Type::kPred},   {"b8", Type::kB8},         {"b16", Type::kB16},
+      {"b32", Type::kB32},     {"b64", Type::kB64},       {"b128", Type::kB128},
+      {"u8", Type::kU8},       {"u16", Type::kU16},       {"u32", Type::kU32},
+      {"u64", Type::kU64},     {"s8", Type::kS8},         {"s16", Type::kS16},
+      {"s32", Type::kS32},     {"s64", Type::kS64},       {"f16", Type::kF16},
+      {"f16x2", Type::kF16x2}, {"bf16", Type::kBf16},     {"bf16x2", Type::kBf16x2},
+      {"tf32", Type::kTf32},   {"f32", Type::kF32},       {"f32x2", Type::kF32x2},
+      {"f64", Type::kF64},     {"e4m3x2", Type::kE4m3x2}, {"e5m2x2", Type::kE5m2x2},
+  };
+  const auto found = types.find(name);
+  return found == types.end() ? Type::kNone : found->second;
+}
+
+Operand parse_number(const Token& token, bool minus, bool invert) {
+  const std::string& text = token.text;
+  const auto fail = [&](const std::string& why) {
+    throw PtxError(token.line, "'" + text + "' " + why);
+  };
+  Operand o;
+  char* end = nullptr;
+  errno = 0;
+  const char kind =
+      text.size() > 1 && text[0] == '0' ? static_cast<char>(std::tolower(text[1])) : ' ';
+  if (kind == 'f' || kind == 'd') {
+    o.kind = kind == 'f' ? Operand::kFloat32 : Operand::kFloat64;
+    const size_t digits = kind == 'f' ? 8 : 16;
+    if (text.size() != digits + 2) fail("must have " + std::to_string(digits) + " hex digits");
+    o.bits = std::strtoull(text.c_str() + 2, &end, 16);
+    if (minus) o.bits ^= uint64_t{1} << (4 * digits - 1);
+  } else if (kind != 'x' && text.find_first_of(".eE") != std::string::npos) {
+    o.kind = Operand::kFloat64;
+    double value = std::strtod(text.c_str(), &end);
+    if (minus) value = -value;
+    std::memcpy(&o.bits, &value, 8);
+  } else {
+    o.kind = Operand::kInteger;
+    o.bits = kind == 'b' ? std::strtoull(text.c_str() + 2, &end, 2)
+                         : std::strtoull(text.c_str(), &end, 0);
+    if (*end == 'U' || *end == 'u') ++end;
+    if (minus) o.bits = 0 - o.bits;
+    if (invert) o.bits = ~o.bits;
+  }
+  if (*end != '\0' || errno == ERANGE) fail("is no number");
+  return o;
+}
 
 }  // namespace emulator
 }  // namespace llmkern

@@ -27,5 +27,8 @@ struct TokenList {
 
 TokenList tokenize(const std::string& text);
 
+// The value of a kNumber token: decimal, 0x, 0b, 0f (f32 bits), 0d (f64 bits). Raises PtxError.
+Operand parse_number(const Token& token, bool minus, bool invert);
+
 }  // namespace emulator
 }  // namespace llmkern

@@ -1,27 +1,11 @@
 // Recursive descent over the tokens of a module: declarations, function bodies, statements.
-#include <cerrno>
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
 
 #include "ptx_lexer.h"
 
 namespace llmkern {
 namespace emulator {
-
-Type type_named(const std::string& name) {
-  static const std::map<std::string, Type> types = {
-      {"pred", Type::kPred},     {"b8", Type::kB8},         {"b16", Type::kB16},
-      {"b32", Type::kB32},       {"b64", Type::kB64},       {"b128", Type::kB128},
-      {"u8", Type::kU8},         {"u16", Type::kU16},       {"u32", Type::kU32},
-      {"u64", Type::kU64},       {"s8", Type::kS8},         {"s16", Type::kS16},
-      {"s32", Type::kS32},       {"s64", Type::kS64},       {"f16", Type::kF16},
-      {"f16x2", Type::kF16x2},   {"bf16", Type::kBf16},     {"bf16x2", Type::kBf16x2},
-      {"tf32", Type::kTf32},     {"f32", Type::kF32},       {"f32x2", Type::kF32x2},
-      {"f64", Type::kF64},       {"e4m3x2", Type::kE4m3x2}, {"e5m2x2", Type::kE5m2x2},
-  };
-  const auto found = types.find(name);
-  return found == types.end() ? Type::kNone : found->second;
-}
 
 namespace {
 
@@ -71,38 +55,11 @@ class Parser {
     return take().text;
   }
 
-  // Numbers -----------------------------------------------------------------------------------
-
   Operand constant() {
-    Operand o;
-    const bool minus = accept("-");
-    const bool invert = !minus && accept("~");
+    const bool minus = accept("-"), invert = !minus && accept("~");
     if (peek().kind != Token::kNumber) fail("expected a number, got '" + peek().text + "'");
-    const std::string text = take().text;
-    char* end = nullptr;
-    errno = 0;
-    const char kind = text.size() > 1 && text[0] == '0' ? text[1] : ' ';
-    if (kind == 'f' || kind == 'F' || kind == 'd' || kind == 'D') {
-      o.kind = kind == 'f' || kind == 'F' ? Operand::kFloat32 : Operand::kFloat64;
-      const size_t digits = o.kind == Operand::kFloat32 ? 8 : 16;
-      o.bits = std::strtoull(text.c_str() + 2, &end, 16);
-      if (text.size() != digits + 2) fail("'" + text + "' must have " + std::to_string(digits) + " hex digits");
-      if (minus) o.bits ^= o.kind == Operand::kFloat32 ? uint64_t{1} << 31 : uint64_t{1} << 63;
-    } else if (text.find_first_of(kind == 'x' || kind == 'X' ? "." : ".eE") != std::string::npos) {
-      o.kind = Operand::kFloat64;
-      double value = std::strtod(text.c_str(), &end);
-      if (minus) value = -value;
-      std::memcpy(&o.bits, &value, 8);
-    } else {
-      o.kind = Operand::kInteger;
-      const bool binary = kind == 'b' || kind == 'B';
-      o.bits = binary ? std::strtoull(text.c_str() + 2, &end, 2) : std::strtoull(text.c_str(), &end, 0);
-      if (*end == 'U' || *end == 'u') ++end;
-      if (minus) o.bits = 0 - o.bits;
-      if (invert) o.bits = ~o.bits;
-    }
-    if (*end != '\0' || errno == ERANGE) fail("'" + text + "' is no number");
-    return o;
+    const Token t = take();
+    return parse_number(t, minus, invert);
   }
 
   int64_t integer() {
@@ -116,8 +73,6 @@ class Parser {
     if (v < 0 || v > INT32_MAX) fail("integer out of range");
     return static_cast<int>(v);
   }
-
-  // Module ------------------------------------------------------------------------------------
 
   void top_level() {
     const Token& t = peek();
@@ -183,7 +138,8 @@ class Parser {
         const int at = small_integer();
         integer();
         const auto name = module_.files.find(file);
-        const std::string path = name == module_.files.end() ? "file " + std::to_string(file) : name->second;
+        const std::string path =
+            name == module_.files.end() ? "file " + std::to_string(file) : name->second;
         note_inlined(path + ":" + std::to_string(at));
       } else {
         fail("unknown part '" + key + "' of .loc");
@@ -300,8 +256,6 @@ class Parser {
     if (v->bytes == 0) v->bytes = static_cast<int64_t>(v->init.size());
     if (static_cast<int64_t>(v->init.size()) > v->bytes) fail("more initial values than elements");
   }
-
-  // Functions ---------------------------------------------------------------------------------
 
   std::vector<Variable> parameter_list() {
     std::vector<Variable> list;

@@ -7,7 +7,8 @@ std::string source_of(const Program& program, const Place& place) {
   const auto file = program.ast.files.find(place.file);
   if (place.file == 0 || file == program.ast.files.end()) return "";
   std::string text = file->second + ":" + std::to_string(place.source_line);
-  if (place.inlined >= 0) text += ", inlined at " + program.ast.inlined_at[static_cast<size_t>(place.inlined)];
+  if (place.inlined >= 0)
+    text += ", inlined at " + program.ast.inlined_at[static_cast<size_t>(place.inlined)];
   return text;
 }
 
@@ -21,7 +22,8 @@ std::string statement_text(const Program& program, const Place& place) {
 
 namespace {
 
-void set_place(const Launch& launch, int32_t index, int* line, std::string* source, std::string* text) {
+void set_place(const Launch& launch, int32_t index, int* line, std::string* source,
+               std::string* text) {
   const Place& place = launch.kernel->code[static_cast<size_t>(index)].place;
   *line = place.line;
   *source = source_of(*launch.program, place);
@@ -38,7 +40,8 @@ Report describe_fault(const Launch& launch, const Cta& cta, const Fault& fault) 
   r.kernel = launch.kernel->name;
   const Warp& w = cta.warps[static_cast<size_t>(cta.current)];
   set_place(launch, w.pc, &r.line, &r.source, &r.text);
-  if (fault.other >= 0) set_place(launch, fault.other, &r.other_line, &r.other_source, &r.other_text);
+  if (fault.other >= 0)
+    set_place(launch, fault.other, &r.other_line, &r.other_source, &r.other_text);
   for (int i = 0; i < 3; ++i) r.cta[i] = cta.id[i];
   r.warp = w.id;
   r.lane = fault.lane;
@@ -73,7 +76,8 @@ std::string Report::str() const {
     out += "\n  the other access: PTX line " + std::to_string(other_line) + ": " + other_text;
     if (!other_source.empty()) out += "\n    at " + other_source;
   }
-  out += "\n  CTA (" + std::to_string(cta[0]) + ", " + std::to_string(cta[1]) + ", " + std::to_string(cta[2]) + ")";
+  out += "\n  CTA (" + std::to_string(cta[0]) + ", " + std::to_string(cta[1]) + ", " +
+         std::to_string(cta[2]) + ")";
   if (warp >= 0) out += ", warp " + std::to_string(warp);
   if (lane >= 0) out += ", lane " + std::to_string(lane);
   return out;

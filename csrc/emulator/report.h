@@ -18,7 +18,7 @@ struct Report {
   int line = 0, other_line = 0;      // in the PTX
   uint32_t cta[3] = {0, 0, 0};
   int warp = -1, lane = -1;
-  int64_t position = -1;             // of the CTA in the order of the launch
+  int64_t position = -1;  // of the CTA in the order of the launch
 
   std::string str() const;
 };

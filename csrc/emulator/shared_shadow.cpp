@@ -37,8 +37,8 @@ void SharedShadow::begin_cta(int64_t bytes) {
   base_ = ++epoch_;
 }
 
-void SharedShadow::fail_race(Warp& w, const Instr& in, int lane, uint32_t address,
-                             const char* what, uint32_t other) {
+void SharedShadow::fail_race(Warp& w, const Instr& in, int lane, uint32_t address, const char* what,
+                             uint32_t other) {
   Fault fault;
   fault.check = "shared race";
   fault.message = std::string(what) + " warp " + std::to_string(other & 31) +
@@ -50,8 +50,7 @@ void SharedShadow::fail_race(Warp& w, const Instr& in, int lane, uint32_t addres
   throw fault;
 }
 
-void SharedShadow::check_read(Warp& w, const Instr& in, int lane, uint32_t address,
-                              uint8_t bytes) {
+void SharedShadow::check_read(Warp& w, const Instr& in, int lane, uint32_t address, uint8_t bytes) {
   ShadowWord& word = words_[address >> 2];
   const bool fresh = word.write_epoch >= base_;
   if (fresh && (word.in_flight & bytes) != 0) {
@@ -116,8 +115,8 @@ void SharedShadow::record_write(Warp& w, int index, ShadowWord* word, uint8_t by
   word->set |= bytes;
 }
 
-void SharedShadow::check_write(Warp& w, const Instr& in, int lane, uint32_t address,
-                               uint8_t bytes, const char* now) {
+void SharedShadow::check_write(Warp& w, const Instr& in, int lane, uint32_t address, uint8_t bytes,
+                               const char* now) {
   ShadowWord& word = words_[address >> 2];
   if (word.write_epoch >= base_ && (word.in_flight & bytes) != 0) {
     throw Fault{"async copy in flight",
@@ -139,7 +138,8 @@ void SharedShadow::check_write(Warp& w, const Instr& in, int lane, uint32_t addr
                     ? word.read_at
                     : (word.read_at & ~31u) | static_cast<uint32_t>(__builtin_ctz(others));
       }
-      fail_race(w, in, lane, address, read ? "overwrites what was read by" : "overwrites what was written by", other);
+      fail_race(w, in, lane, address,
+                read ? "overwrites what was read by" : "overwrites what was written by", other);
     }
   }
   record_write(w, in.index, &word, bytes);

@@ -47,6 +47,7 @@ inline void count(Warp& w, const Instr& in, uint32_t exec) {
 // Lanes that must be here before the instruction can run.
 uint32_t needed_lanes(Warp& w, const Instr& in, uint32_t exec) {
   if (in.kind != Kind::kCollective) return w.alive;
+  if ((in.all_members & exec) == exec && in.all_members != 0) return in.all_members & w.alive;
   const uint32_t* members = w.at<uint32_t>(in.r[in.member]);
   const uint32_t all = members[__builtin_ctz(exec)];
   for_lanes(exec, [&](int lane) {
@@ -55,7 +56,8 @@ uint32_t needed_lanes(Warp& w, const Instr& in, uint32_t exec) {
     }
     if ((all >> lane & 1) == 0) {
       throw Fault{"divergent collective",
-                  "the lane is not in its own member mask (lanes " + lanes_text(all) + ")", lane, -1};
+                  "the lane is not in its own member mask (lanes " + lanes_text(all) + ")", lane,
+                  -1};
     }
   });
   return all & w.alive;
@@ -65,7 +67,8 @@ uint32_t needed_lanes(Warp& w, const Instr& in, uint32_t exec) {
   const Instr& in = w.launch->kernel->code[static_cast<size_t>(g.pc)];
   Fault fault;
   fault.check = in.kind == Kind::kBarrier ? "divergent barrier" : "divergent collective";
-  fault.message = "lanes " + lanes_text(exec) + " are here, lanes " + lanes_text(missing) + " are not";
+  fault.message =
+      "lanes " + lanes_text(exec) + " are here, lanes " + lanes_text(missing) + " are not";
   fault.lane = exec == 0 ? -1 : __builtin_ctz(exec);
   for (const Group& other : w.groups) {
     if ((other.mask & missing) != 0 && other.pc != g.pc) fault.other = other.pc;
@@ -101,8 +104,10 @@ void branch_by_table(Warp& w, const Instr& in, size_t i, uint32_t exec) {
   while (exec != 0) {
     const int lane = __builtin_ctz(exec);
     if (index[lane] >= table.size()) {
-      throw Fault{"bad branch", "brx.idx with index " + std::to_string(index[lane]) + " of " +
-                                    std::to_string(table.size()) + " targets", lane, -1};
+      throw Fault{"bad branch",
+                  "brx.idx with index " + std::to_string(index[lane]) + " of " +
+                      std::to_string(table.size()) + " targets",
+                  lane, -1};
     }
     uint32_t same = 0;
     for_lanes(exec, [&](int l) { same |= uint32_t{index[l] == index[lane]} << l; });
@@ -138,7 +143,8 @@ bool control(Warp& w, const Instr& in, size_t i, uint32_t exec) {
     set_group(w, i, in.index + 1);
     return true;
   }
-  const uint32_t needed = needed_lanes(w, in, exec);
+  const uint32_t needed =
+      exec == kAllLanes && in.kind != Kind::kCollective ? exec : needed_lanes(w, in, exec);
   if ((exec & needed) != needed) {
     if (w.groups.size() == 1) fail_divergent(w, w.groups[i], exec, needed & ~exec);
     w.groups[i].parked = true;

@@ -140,8 +140,8 @@ def device(
     """Kernels launched inside run on an emulated GPU, on CPU tensors.
 
     Args:
-        architecture: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100" or "sm_120"; the instructions
-            that Triton and nvcc emit for sm_80 are complete, those of the others partly.
+        architecture: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100" or "sm_120"; of the instructions
+            that came with sm_90 and later only some are known.
         bounds: stop at accesses outside the arguments' tensors, and misaligned ones. Shared and
             local memory are always checked.
         uninitialised: stop at reads of shared memory and uses of registers that nothing has set.

@@ -177,7 +177,7 @@ class Driver:
         return ty_to_cpp(kind)
 
     def get_benchmarker(self):
-        """The cost of a configuration: sectors and wavefronts beside instructions."""
+        """What autotuning compares: instructions, sectors and wavefronts."""
 
         def benchmark(call, *, quantiles=(0.5,), **_):
             dev = gpu.current()
