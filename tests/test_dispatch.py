@@ -160,6 +160,8 @@ def test_support_matrix_of_the_docs_is_current():
         text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
+    if run.returncode == 2:
+        pytest.skip(run.stderr.strip())
     assert run.returncode == 0, run.stdout + run.stderr
 
 
