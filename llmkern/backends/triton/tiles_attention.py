@@ -121,8 +121,8 @@ def form(spec: AttentionSpec, precision: str) -> Form:
 
 
 # Tiles by (architecture class, bytes of an element), then by the wider of the padded head dims.
-# 2026-11-22, Triton 3.7.1: of the candidates those whose causal bf16 kernels ptxas fits without
-# spills, or with the fewest, and within the shared memory; instruction counts break ties. Not timed.
+# 2026-11-22, Triton 3.7.1, not timed: of the candidates those that ptxas compiles (causal) without
+# spills, or with the fewest, and that fit in shared memory; instruction counts break ties.
 _FORWARD = {
     (80, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
     (86, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 4, 2)},
