@@ -221,8 +221,8 @@ def kept(keys, slab, i, j0, threshold, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def not_finite(x):
-    """0.0 where all of a tile is finite, else NaN. One reduction of all: for sm_100 Triton 3.7
-    cannot lower one after the other."""
+    """0.0 where all of a tile is finite, else NaN. One reduction: for sm_100 Triton 3.7 cannot
+    lower one after the other."""
     return tl.sum(tl.reshape(x * 0.0, [x.shape[0] * x.shape[1]]), 0)
 
 
