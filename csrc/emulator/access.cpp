@@ -242,9 +242,7 @@ void resolve_read(Warp& w, const Instr& in, uint32_t mask, Space space, const ui
       check_shared(w, in, mask, address, bytes, "read");
       count_shared(w, in, mask, address, bytes);
       if (w.options->races || w.options->uninitialised) {
-        for_lanes(mask, [&](int l) {
-          w.worker->shadow.read(w, in, l, static_cast<uint32_t>(address[l]), bytes);
-        });
+        w.worker->shadow.read(w, in, mask, address, bytes);
       }
       for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
       return;
@@ -275,10 +273,7 @@ void resolve_write(Warp& w, const Instr& in, uint32_t mask, Space space, const u
       check_shared(w, in, mask, address, bytes, "write");
       count_shared(w, in, mask, address, bytes);
       if (w.options->races || w.options->uninitialised) {
-        for_lanes(mask, [&](int l) {
-          w.worker->shadow.write(w, in, l, static_cast<uint32_t>(address[l]), bytes,
-                                 data + l * stride);
-        });
+        w.worker->shadow.write(w, in, mask, address, bytes, data, stride);
       }
       for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
       return;

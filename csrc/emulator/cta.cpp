@@ -84,6 +84,7 @@ void start_warp(Worker& worker, Warp& w) {
   w.epoch = worker.shadow.epoch();
   std::fill(w.seen, w.seen + kMaxWarps, w.epoch - 1);
   w.seen[w.id] = w.epoch;
+  w.all_seen = w.epoch - 1;
   for (int i = 0; i < 3; ++i) fill(w, k, static_cast<Special>(kCtaX + i), worker.cta.id[i]);
 }
 
@@ -117,6 +118,7 @@ void release(Worker& worker, Barrier& b) {
     w.state = Warp::kReady;
     w.epoch = epoch;
     w.seen[i] = epoch;
+    w.all_seen = *std::min_element(w.seen, w.seen + cta.warps.size());
   });
   b = Barrier();
 }

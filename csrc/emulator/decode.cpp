@@ -230,7 +230,10 @@ void Decoder::address(int i, Space space) {
   }
   const Variable* v = builder->find_variable(o.name, s.scope);
   if (v == nullptr) fail("'" + o.name + "' is not declared");
-  if (space != Space::kGeneric && v->space != space) {
+  const Space declared = builder->is_local(*v) ? Space::kLocal : v->space;
+  if (declared == Space::kShared && space == Space::kGeneric)
+    fail("a name in shared memory needs .shared");
+  if (space != Space::kGeneric && declared != space) {
     fail("'" + o.name + "' is in another state space");
   }
   append(builder->constant(builder->address_of(*v), 8), false);

@@ -28,6 +28,7 @@ class KernelBuilder {
   uint32_t special(Special which);
   uint32_t scratch(int bytes);  // a register that no one else names
   uint64_t address_of(const Variable& v) const;
+  bool is_local(const Variable& v) const;  // in the thread's own memory
 
   Program* program;
   const Function* function;
@@ -40,7 +41,8 @@ class KernelBuilder {
 
   std::map<std::pair<int, std::string>, Found> registers_;
   std::map<std::pair<uint64_t, int>, uint32_t> constants_;
-  std::map<std::string, uint64_t> shared_, local_, global_, parameter_;
+  std::map<std::string, uint64_t> shared_, global_, parameter_;
+  std::map<const Variable*, uint64_t> local_;
 };
 
 class Decoder {
@@ -104,6 +106,8 @@ void add_memory_opcodes(OpcodeTable* table);
 void add_atomic_opcodes(OpcodeTable* table);
 void add_async_opcodes(OpcodeTable* table);
 void add_ldmatrix_opcodes(OpcodeTable* table);
+void add_call_opcodes(OpcodeTable* table);
+void add_wmma_opcodes(OpcodeTable* table);
 void add_mma_opcodes(OpcodeTable* table);
 void add_warp_opcodes(OpcodeTable* table);
 void add_control_opcodes(OpcodeTable* table);

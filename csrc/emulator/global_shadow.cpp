@@ -40,22 +40,41 @@ struct Store {
   const char* data;
 };
 
+// T: an unsigned integer of a granule's size.
+template <class T>
 void record_store(Warp& w, const Instr& in, const Allocation& a, const Store& s) {
   const auto mine = static_cast<uint32_t>(w.cta->position + 1);
-  const int granule = static_cast<int>(a.granule), shift = __builtin_ctz(a.granule);
-  for (int at = 0; at < s.bytes; at += granule) {
-    const uint64_t element = (s.address - a.begin + static_cast<uint64_t>(at)) >> shift;
+  constexpr int kBytes = static_cast<int>(sizeof(T));
+  const uint64_t first = (s.address - a.begin) / sizeof(T);
+  for (int at = 0; at < s.bytes; at += kBytes) {
+    const uint64_t element = first + static_cast<uint64_t>(at / kBytes);
     StoreRecord& record = a.stores[element];
-    uint64_t bits = 0;
-    std::memcpy(&bits, s.data + at, static_cast<size_t>(std::min(granule, s.bytes - at)));
+    uint64_t bits;
+    if (s.bytes >= kBytes) {
+      T whole;
+      std::memcpy(&whole, s.data + at, sizeof whole);
+      bits = whole;
+    } else {
+      bits = 0;
+      std::memcpy(&bits, s.data, static_cast<size_t>(s.bytes));
+    }
     const auto value = static_cast<uint32_t>(bits ^ bits >> 32);
     const uint32_t theirs = record.after_position;
     if (theirs != 0 && theirs != mine && record.value != value) {
-      note_race(*w.launch, std::max(theirs, mine) - 1, a.begin + element * a.granule,
+      note_race(*w.launch, std::max(theirs, mine) - 1, a.begin + element * sizeof(T),
                 theirs > mine ? record.index : in.index);
     }
     if (theirs == 0 || mine <= theirs) record = {mine, value, in.index};
   }
+}
+
+using RecordStore = void (*)(Warp&, const Instr&, const Allocation&, const Store&);
+
+RecordStore recorder(uint32_t granule) {
+  return granule == 1   ? &record_store<uint8_t>
+         : granule == 2 ? &record_store<uint16_t>
+         : granule == 4 ? &record_store<uint32_t>
+                        : &record_store<uint64_t>;
 }
 
 }  // namespace
@@ -76,10 +95,11 @@ void record_global_stores(Warp& w, const Instr& in, uint32_t mask, const uint64_
       const uint64_t elements = (a->end - a->begin + a->granule - 1) / a->granule;
       a->stores.reset(static_cast<StoreRecord*>(std::calloc(elements, sizeof(StoreRecord))));
     }
+    const RecordStore record = recorder(a->granule);
     for (uint32_t left = mask; left != 0; left &= left - 1) {
       const int l = __builtin_ctz(left);
       if (address[l] < a->begin || address[l] + size > a->end) continue;
-      record_store(w, in, *a, {address[l], bytes, data + l * stride});
+      record(w, in, *a, {address[l], bytes, data + l * stride});
       mask &= ~(1u << l);
     }
   }

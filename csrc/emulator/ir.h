@@ -20,7 +20,7 @@ constexpr int kLanes = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kNoRegister = 0xffffffffu;
 constexpr int kMaxWarps = 32;
-constexpr int kMaxOperands = 24;
+constexpr int kMaxOperands = 32;
 
 // Generic addresses: these windows in the top byte; anything else is a host pointer.
 constexpr uint64_t kSharedWindow = uint64_t{0x71} << 56;
@@ -72,7 +72,9 @@ constexpr const char* kClassNames[] = {
 constexpr int kClasses = sizeof(kClassNames) / sizeof(kClassNames[0]);
 
 // How unset lanes of operands make lanes of the result unset (poison.h).
-enum class Track : uint8_t { kAny, kSelect, kShuffle, kAnd, kOr };
+// kPart: a result put together of parts is unset only if all of them are; which bytes of it are is
+// not followed.
+enum class Track : uint8_t { kAny, kSelect, kShuffle, kAnd, kOr, kPart };
 
 // Slots of the poison masks that an instruction meets, -1 where it can meet none.
 struct Tracked {

@@ -31,6 +31,8 @@ const OpcodeTable& opcode_table() {
     add_async_opcodes(&t);
     add_ldmatrix_opcodes(&t);
     add_mma_opcodes(&t);
+    add_wmma_opcodes(&t);
+    add_call_opcodes(&t);
     add_warp_opcodes(&t);
     add_control_opcodes(&t);
     return t;
@@ -73,12 +75,13 @@ void KernelBuilder::lay_out_shared() {
       const Variable& v = entry.second;
       if (v.space == Space::kShared) {
         place_shared(v);
-      } else if (v.space == Space::kLocal) {
+      } else if (v.space == Space::kLocal || v.space == Space::kParam) {
+        // .param: what a call sequence passes.
         kernel->local_bytes = align_up(kernel->local_bytes, v.align);
-        local_[v.name] = static_cast<uint64_t>(kernel->local_bytes);
+        local_[&v] = static_cast<uint64_t>(kernel->local_bytes);
         kernel->local_bytes += v.bytes;
       } else {
-        throw PtxError(v.line, "'" + v.name + "': only .shared and .local inside a kernel");
+        throw PtxError(v.line, "'" + v.name + "': only .shared, .local and .param inside a kernel");
       }
     }
   }
@@ -150,9 +153,12 @@ const Variable* KernelBuilder::find_variable(const std::string& name, int scope)
   return nullptr;
 }
 
+bool KernelBuilder::is_local(const Variable& v) const { return local_.count(&v) != 0; }
+
 uint64_t KernelBuilder::address_of(const Variable& v) const {
+  const auto local = local_.find(&v);
+  if (local != local_.end()) return local->second;
   const auto& table = v.space == Space::kShared  ? shared_
-                      : v.space == Space::kLocal ? local_
                       : v.space == Space::kParam ? parameter_
                                                  : global_;
   const auto found = table.find(v.name);

@@ -123,7 +123,8 @@ struct Warp {
   // Order between warps: own epoch, and the epoch of each other one that is known to be before.
   uint32_t epoch = 0;
   uint32_t seen[kMaxWarps] = {};
-  uint32_t carry = 0;  // CC.CF of add.cc and its kin, a lane mask
+  uint32_t all_seen = 0;  // what it has seen of every warp
+  uint32_t carry = 0;     // CC.CF of add.cc and its kin, a lane mask
 
   template <class T>
   T* at(uint32_t offset) {

@@ -268,6 +268,7 @@ void decode_bfi(Decoder& d) {
   d.src(3, Type::kU32);
   d.src(4, Type::kU32);
   d.out.run = t == Type::kB32 ? &bfi<uint32_t> : &bfi<uint64_t>;
+  d.out.track = Track::kPart;
 }
 
 template <class U>
@@ -303,6 +304,7 @@ void decode_prmt(Decoder& d) {
   const int mode = d.take_optional({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"});
   operands(d, t, 3, mode < 0 ? ternary_of<uint32_t, Permute> : &permute_by_mode);
   if (mode >= 0) d.out.mode = static_cast<uint32_t>(mode);
+  d.out.track = Track::kPart;
 }
 
 void decode_lop3(Decoder& d) {

@@ -221,8 +221,16 @@ void take_shape(Decoder& d, Type* t, int* width) {
     d.fail("the vector is too large");
 }
 
+// .param names both the kernel's parameters and what calls pass; the latter are local memory.
+Space space_of(const Decoder& d, Space space, int address) {
+  if (space != Space::kParam || d.count() <= address) return space;
+  const Variable* v = d.builder->find_variable(d.operand(address).name, d.s.scope);
+  return v != nullptr && d.builder->is_local(*v) ? Space::kLocal : space;
+}
+
 void decode_ld(Decoder& d) {
-  const MemoryModifiers m = take_memory_modifiers(d);
+  MemoryModifiers m = take_memory_modifiers(d);
+  m.space = space_of(d, m.space, 1);
   Type t;
   int width;
   take_shape(d, &t, &width);
@@ -248,7 +256,8 @@ void decode_ld(Decoder& d) {
 }
 
 void decode_st(Decoder& d) {
-  const MemoryModifiers m = take_memory_modifiers(d);
+  MemoryModifiers m = take_memory_modifiers(d);
+  m.space = space_of(d, m.space, 0);
   Type t;
   int width;
   take_shape(d, &t, &width);

@@ -94,6 +94,7 @@ void decode_reshape(Decoder& d, Type t) {
   if (element == Type::kNone) d.fail("elements of this size are not known");
   d.out.width = static_cast<uint8_t>(n);
   d.out.bytes = static_cast<uint8_t>(bytes_of(element));
+  d.out.track = Track::kPart;
   if (pack) d.dst(0, t);
   for (const Operand& part : parts) pack ? d.src(part, element) : d.dst(part, element);
   if (!pack) d.src(1, t);

@@ -220,6 +220,11 @@ uint32_t result_poison(Warp& w, const Instr& in, const Tracked& t, uint32_t mask
     for_lanes(mask, [&](int l) { moved |= (poison(s) >> from[l] & 1) << l; });
     return moved | poison(s + 1) | poison(s + 2);
   }
+  if (in.track == Track::kPart) {
+    uint32_t all = kAllLanes;
+    for (int o = s; o < in.operands; ++o) all &= poison(o);
+    return all;
+  }
   uint32_t any = 0;
   for (int o = s; o < in.operands; ++o) any |= poison(o);
   const bool whole_warp = in.kind != Kind::kLane;

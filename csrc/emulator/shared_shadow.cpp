@@ -145,14 +145,49 @@ void SharedShadow::check_write(Warp& w, const Instr& in, int lane, uint32_t addr
   record_write(w, in.index, &word, bytes);
 }
 
-void SharedShadow::read(Warp& w, const Instr& in, int lane, uint32_t address, int bytes) {
-  for_words(address, bytes, [&](uint32_t a, uint8_t m) { check_read(w, in, lane, a, m); });
+// The loops over a warp's words take the plain cases at once: what is read is set and ordered, what
+// is written nobody has touched since the last barrier. The rest goes to check_read, check_write.
+void SharedShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
+                        int bytes) {
+  const uint32_t me = 1u << w.id, epoch = w.epoch, base = base_;
+  const uint32_t at = static_cast<uint32_t>(in.index) << 5 | static_cast<uint32_t>(w.id);
+  ShadowWord* words = words_.data();
+  for_lanes(mask, [&](int l) {
+    for_words(static_cast<uint32_t>(address[l]), bytes, [&](uint32_t a, uint8_t m) {
+      ShadowWord& word = words[a >> 2];
+      const bool plain = word.write_epoch >= base && (word.set & m) == m &&
+                         (word.in_flight & m) == 0 &&
+                         word.write_epoch <= w.seen[word.write_at & 31];
+      if (!plain || word.read_epoch > epoch) return check_read(w, in, l, a, m);
+      if (word.read_epoch < epoch) {
+        word.read_epoch = epoch;
+        word.readers = 0;
+        word.read_bytes = 0;
+      }
+      if ((word.readers & me) == 0) word.read_at = at;
+      word.readers |= me;
+      word.read_bytes |= m;
+    });
+  });
 }
 
-void SharedShadow::write(Warp& w, const Instr& in, int lane, uint32_t address, int bytes,
-                         const char* now) {
-  for_words(address, bytes, [&](uint32_t a, uint8_t m) {
-    check_write(w, in, lane, a, m, now + static_cast<int64_t>(a) - static_cast<int64_t>(address));
+void SharedShadow::write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
+                         int bytes, const char* data, int stride) {
+  const uint32_t at = static_cast<uint32_t>(in.index) << 5 | static_cast<uint32_t>(w.id);
+  ShadowWord* words = words_.data();
+  for_lanes(mask, [&](int l) {
+    const auto begin = static_cast<uint32_t>(address[l]);
+    for_words(begin, bytes, [&](uint32_t a, uint8_t m) {
+      ShadowWord& word = words[a >> 2];
+      const bool plain = m == 0xf && word.in_flight == 0 && word.write_epoch >= base_ &&
+                         word.write_epoch <= w.all_seen && word.read_epoch <= w.all_seen;
+      // `data` begins at the lane's first byte, which may lie inside the word.
+      if (!plain)
+        return check_write(w, in, l, a, m, data + l * stride + (static_cast<int64_t>(a) - begin));
+      word.write_epoch = w.epoch;
+      word.write_at = at;
+      word.write_bytes = word.set = m;
+    });
   });
 }
 

@@ -32,9 +32,11 @@ class SharedShadow {
   uint32_t next_epoch() { return ++epoch_; }
   uint32_t epoch() const { return epoch_; }
 
-  // One lane's access of up to 16 bytes; `now` is what a store will write. Throw Fault.
-  void read(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
-  void write(Warp& w, const Instr& in, int lane, uint32_t address, int bytes, const char* now);
+  // Accesses of a warp, up to 32 bytes a lane; `data`: what a store will write, `stride` bytes a
+  // lane. Throw Fault.
+  void read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes);
+  void write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
+             const char* data, int stride);
   void atomic(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
   // cp.async: from issue to wait nobody may touch the bytes.
   void launch_copy(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
