@@ -90,6 +90,18 @@ def test_nvcc_is_found_in_cuda_home(build, monkeypatch, tmp_path):
     assert build.find() == build.Toolkit(nvcc, tmp_path / "lib64")
 
 
+def test_nvcc_is_found_among_installed_wheels(build, monkeypatch, tmp_path):
+    root = tmp_path / "nvidia/cu13"
+    (root / "bin").mkdir(parents=True)
+    (root / "lib").mkdir()
+    (root / "lib/libcudart_static.a").touch()
+    (root / "bin/nvcc").write_text("#!/bin/sh\n")
+    (root / "bin/nvcc").chmod(0o755)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.sys, "path", [str(tmp_path)])
+    assert build.find() == build.Toolkit(root / "bin/nvcc", root / "lib")
+
+
 def test_nvcc_without_its_runtime_is_passed_over(build, monkeypatch, tmp_path):
     nvcc = tmp_path / "bin/nvcc"
     nvcc.parent.mkdir()
@@ -97,5 +109,5 @@ def test_nvcc_without_its_runtime_is_passed_over(build, monkeypatch, tmp_path):
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(build.sys, "path", [str(tmp_path)])
     assert build.find() is None
