@@ -67,7 +67,8 @@ def resources(extension) -> dict[str, dict[str, int]]:
 
 
 def _short(symbol: str) -> str:
-    return re.search(r"(norm|gemm|linear|attention|column)\w*?(?=_kernel)", symbol).group()
+    """norm_fwd of ..8norm_fwd_kernelI..: the length before a name ends in a digit."""
+    return re.search(r"\d([a-z][a-z_]*)_kernel", symbol).group(1)
 
 
 def _of(table: dict[str, int], kernel: str) -> int:
