@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -47,8 +47,8 @@ def _candidates() -> list[Path]:
     on_path = shutil.which("nvcc")
     if on_path:
         found.append(Path(on_path))
-    site = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    return found + [Path(path) / "nvidia/cu13/bin/nvcc" for path in sorted(site)]
+    # Wheels lie on sys.path, also those that an isolated build got for itself.
+    return found + [Path(path) / "nvidia/cu13/bin/nvcc" for path in sys.path]
 
 
 def _real_root(nvcc: Path) -> Path:

@@ -234,7 +234,7 @@ template <int kN>
 struct QueryDrop {
   uint32_t mine = 0;
 
-  __device__ QueryDrop(const AttentionParams& p, uint32_t slab, int i0, int j0) {
+  __device__ void draw(const AttentionParams& p, uint32_t slab, int i0, int j0) {
     const int lane = threadIdx.x % kWarp;
     const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
 #pragma unroll

@@ -82,9 +82,9 @@ __device__ inline void load_queries(const AttentionParams& p, const Walk& walk, 
 }
 
 // s: S^T of 16 keys and kN queries in, P^T out. dp: dP^T in, dS^T / scale out.
-template <int kN>
+template <int kN, bool kAll>
 __device__ inline void differentiate(const float2* terms, float scale_log2, const Band (&band)[2],
-                                     bool all, float (&s)[kN / 8][4], const float (&dp)[kN / 8][4],
+                                     float (&s)[kN / 8][4], const float (&dp)[kN / 8][4],
                                      float (&ds)[kN / 8][4]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
@@ -95,7 +95,7 @@ __device__ inline void differentiate(const float2* terms, float scale_log2, cons
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float lse = e == 0 ? pair.x : pair.z, delta = e == 0 ? pair.y : pair.w;
-        const bool sees = all || band[half].sees(j * 8 + e);
+        const bool sees = kAll || band[half].sees(j * 8 + e);
         float& score = s[j][2 * half + e];
         score = sees ? ptx::ex2_approx_ftz_f32(score * scale_log2 - lse) : 0.0f;
         ds[j][2 * half + e] = sees ? score * (dp[j][2 * half + e] - delta) : 0.0f;
@@ -137,28 +137,36 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int i0 = walk.tile(step) * kN;
     const uint32_t stage = Shared::kStages + step % 2 * Shared::kStage;
     const uint32_t q_rows = shared + stage;
+    const int i1 = i0 + kN - 1, j1 = j0 + kBlockRows - 1;
+    const bool all = all_see(p, i0, i1, j0, j1), covered = band_covers(p, i0, i1, j0, j1);
     ptx::cp_async_wait_group<0>();
-    __syncthreads();  // this stage is here, and every warp is done with the other one
+    uint32_t found = 0;
+    if (!covered) {
+      found = own_exponents<T, kD, kN>(shared_bytes + stage) |
+              own_exponents<T, kD, kN>(shared_bytes + stage + Shared::kTile);
+    }
+    // This stage is here, and every warp is done with the other one.
+    const bool plain = barrier_all_finite(found) || covered;
     load_queries<T, kD>(p, walk, step + 1, batch, first_head, shared);
     float s[kN / 8][4], dp[kN / 8][4], ds[kN / 8][4];
     multiply_rows<T, kD, kN>(s, shared + Shared::kK + own, q_rows, lanes);
     multiply_rows<T, kD, kN>(dp, shared + Shared::kV + own, q_rows + Shared::kTile, lanes);
     const Band bands[2] = {queries_of(p, key, kept[0], i0), queries_of(p, key + 8, kept[1], i0)};
     const Band band[2] = {bands[0].of_lane(), bands[1].of_lane()};
-    const int i1 = i0 + kN - 1, j1 = j0 + kBlockRows - 1;
-    const bool all = all_see(p, i0, i1, j0, j1), covered = band_covers(p, i0, i1, j0, j1);
-    const auto terms = reinterpret_cast<const float2*>(shared_bytes + Shared::kRowTerms);
-    if (p.dropout.threshold != 0) {
+    const bool drops = p.dropout.threshold != 0;
+    QueryDrop<kN> drop;
+    if (drops) {
       const int head = batch * p.heads + first_head + walk.head(step);
-      const QueryDrop<kN> drop(p, head, i0, j0 + warp * kWarpRows);
+      drop.draw(p, head, i0, j0 + warp * kWarpRows);
       drop.apply(dp, p.dropout.scale);
-      differentiate<kN>(terms + step % 2 * kN, scale_log2, band, all, s, dp, ds);
-      drop.apply(s, p.dropout.scale);
-    } else {
-      differentiate<kN>(terms + step % 2 * kN, scale_log2, band, all, s, dp, ds);
     }
-    accumulate_seen<T, kD, kN>(dv, s, stage + Shared::kTile, lanes, covered, bands);
-    accumulate_seen<T, kD, kN>(dk, ds, stage, lanes, covered, bands);
+    const auto terms =
+        reinterpret_cast<const float2*>(shared_bytes + Shared::kRowTerms) + step % 2 * kN;
+    all ? differentiate<kN, true>(terms, scale_log2, band, s, dp, ds)
+        : differentiate<kN, false>(terms, scale_log2, band, s, dp, ds);
+    if (drops) drop.apply(s, p.dropout.scale);
+    accumulate_seen<T, kD, kN>(dv, s, stage + Shared::kTile, lanes, plain, bands);
+    accumulate_seen<T, kD, kN>(dk, ds, stage, lanes, plain, bands);
   }
   ptx::cp_async_wait_group<0>();
   __syncthreads();
@@ -185,11 +193,13 @@ struct QueriesShared {
 };
 
 // ds of 16 queries and 64 keys, over dp.
-__device__ inline void differentiate_keys(const AttentionParams& p, int batch, int j0, bool all,
+template <bool kAll>
+__device__ inline void differentiate_keys(const AttentionParams& p, int batch, int j0,
                                           const Band (&bands)[2], const float (&lse)[2],
                                           const float (&delta)[2], const float (&s)[kKeys / 8][4],
                                           float (&dp)[kKeys / 8][4]) {
-  const uint64_t kept = p.key_mask == nullptr ? ~UINT64_C(0) : kept_keys(p, batch, j0);
+  const bool masked = !kAll && p.key_mask != nullptr;
+  const uint64_t kept = masked ? kept_keys(p, batch, j0) : ~UINT64_C(0);
   const float scale_log2 = p.scale * kLog2E;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -198,7 +208,7 @@ __device__ inline void differentiate_keys(const AttentionParams& p, int batch, i
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const bool sees = all || (band.sees(j * 8 + e) && (kept >> (j * 8 + e) & 1));
+        const bool sees = kAll || (band.sees(j * 8 + e) && (kept >> (j * 8 + e) & 1));
         float& d = dp[j][2 * half + e];
         const float prob = ptx::ex2_approx_ftz_f32(s[j][2 * half + e] * scale_log2 - lse[half]);
         d = sees ? prob * (d - delta[half]) : 0.0f;
@@ -250,8 +260,12 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int j0 = tile * kKeys;
     const uint32_t stage = Shared::kStages + tile % 2 * Shared::kStage;
     const uint32_t k_rows = shared + stage;
+    const int i1 = i0 + kBlockRows - 1, j1 = j0 + kKeys - 1;
+    const bool covered = band_covers(p, i0, i1, j0, j1);
     ptx::cp_async_wait_group<0>();
-    __syncthreads();  // this stage is here, and every warp is done with the other one
+    const uint32_t found = covered ? 0 : own_exponents<T, kD, kKeys>(shared_bytes + stage);
+    // This stage is here, and every warp is done with the other one.
+    const bool plain = barrier_all_finite(found) || covered;
     load(tile + 1);
     float s[kKeys / 8][4], dp[kKeys / 8][4];
     multiply_rows<T, kD, kKeys>(s, shared + Shared::kQ + own, k_rows, lanes);
@@ -260,9 +274,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
       drop_keys<kKeys>(p, batch * p.heads + head, row0, j0, dp, p.dropout.scale);
     }
     const Band bands[2] = {keys_of(p, row0 + g, j0), keys_of(p, row0 + g + 8, j0)};
-    const int i1 = i0 + kBlockRows - 1, j1 = j0 + kKeys - 1;
-    differentiate_keys(p, batch, j0, all_see(p, i0, i1, j0, j1), bands, lse, delta, s, dp);
-    accumulate_seen<T, kD, kKeys>(dq, dp, stage, lanes, band_covers(p, i0, i1, j0, j1), bands);
+    all_see(p, i0, i1, j0, j1) ? differentiate_keys<true>(p, batch, j0, bands, lse, delta, s, dp)
+                               : differentiate_keys<false>(p, batch, j0, bands, lse, delta, s, dp);
+    accumulate_seen<T, kD, kKeys>(dq, dp, stage, lanes, plain, bands);
   }
   ptx::cp_async_wait_group<0>();
   __syncthreads();

@@ -1,8 +1,8 @@
 // Weighted sums over a tile that the band cuts: some rows see a column that others do not. The
 // weight of a hidden pair is 0, but on tensor cores 0 * NaN is NaN; a NaN or Inf in a hidden row
-// must not reach the sum. So such tiles are looked through first, and one that holds a NaN or Inf,
-// which is rare, is added up pair by pair. (Rows past the end and masked-out keys are 0 in the
-// tile.)
+// must not reach the sum. So each thread looks through the units of such a tile that it copied
+// itself, before the barrier that hands the tile over; a tile that holds a NaN or Inf, which is
+// rare, is added up pair by pair. (Rows past the end and masked-out keys are 0 in the tile.)
 #pragma once
 
 #include "attention.cuh"
@@ -12,20 +12,26 @@ namespace llmkern {
 __device__ inline uint32_t exponent_bits(BFloat16) { return 0x7f80u; }
 __device__ inline uint32_t exponent_bits(Float16) { return 0x7c00u; }
 
-// The same answer in all lanes of the warp.
-template <class T, int kD, int kN>
-__device__ inline bool all_finite(const uint8_t* tile) {
-  const uint32_t low = exponent_bits(T{}), high = low << 16;
-  bool finite = true;
-  for (int unit = threadIdx.x % kWarp; unit < kN * kD / 8; unit += kWarp) {
-    const uint4 raw = reinterpret_cast<const uint4*>(tile)[unit];
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+// Sets bit 15 or 31 of the result where a half of a word of this thread's units has all exponent
+// bits set: adding the lowest of them carries out of the exponent.
+template <class T, int kD, int kRows>
+__device__ inline uint32_t own_exponents(const uint8_t* tile) {
+  constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
+  const uint32_t mask = exponent_bits(T{}) * 0x10001u, one = mask & ~(mask << 1);
+  uint32_t found = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      finite = finite && (words[i] & low) != low && (words[i] & high) != high;
-    }
+  for (int i = 0; i < kRows / kStep; ++i) {
+    const int at = row_offset<kD>(threadIdx.x / kUnits + i * kStep, threadIdx.x % kUnits);
+    const uint4 raw = *reinterpret_cast<const uint4*>(tile + at);
+    found |= ((raw.x & mask) + one) | ((raw.y & mask) + one) | ((raw.z & mask) + one) |
+             ((raw.w & mask) + one);
   }
-  return __all_sync(kAllLanes, finite);
+  return found;
+}
+
+// The barrier that hands over tiles; whether all that threads found in theirs is finite.
+__device__ inline bool barrier_all_finite(uint32_t found) {
+  return !__syncthreads_or((found & 0x80008000u) != 0);
 }
 
 // sum + weight * value; a weight of 0 keeps out Inf, which 0 * Inf = NaN would not.
@@ -65,12 +71,13 @@ __device__ inline void accumulate_pairs(float (&sum)[kD / 8][4], const float (&p
   }
 }
 
-// accumulate, of a tile at byte `offset` of shared memory. covered: the band hides nothing in it.
+// accumulate, of a tile at byte `offset` of shared memory. plain: the band hides nothing in it, or
+// it is finite.
 template <class T, int kD, int kN>
 __device__ inline void accumulate_seen(float (&sum)[kD / 8][4], const float (&p)[kN / 8][4],
-                                       uint32_t offset, const Lanes<kD>& lanes, bool covered,
+                                       uint32_t offset, const Lanes<kD>& lanes, bool plain,
                                        const Band (&band)[2]) {
-  if (covered || all_finite<T, kD, kN>(shared_bytes + offset)) {
+  if (plain) {
     accumulate<T, kD, kN>(sum, p, shared_address(shared_bytes) + offset, lanes);
   } else {
     accumulate_pairs<T, kD, kN>(sum, p, shared_bytes + offset, band);

@@ -55,7 +55,6 @@ struct Softmax {
 
 __device__ inline void hide(const AttentionParams& p, int batch, int j0, const Band (&bands)[2],
                             float (&s)[kKeys / 8][4]) {
-  const uint64_t kept = p.key_mask == nullptr ? ~UINT64_C(0) : kept_keys(p, batch, j0);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const Band band = bands[half].of_lane();
@@ -63,9 +62,17 @@ __device__ inline void hide(const AttentionParams& p, int batch, int j0, const B
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const bool sees = band.sees(j * 8 + e) && (kept >> (j * 8 + e) & 1);
-        if (!sees) s[j][2 * half + e] = -INFINITY;
+        if (!band.sees(j * 8 + e)) s[j][2 * half + e] = -INFINITY;
       }
+    }
+  }
+  if (p.key_mask == nullptr) return;
+  const uint64_t kept = kept_keys(p, batch, j0);
+#pragma unroll
+  for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (!(kept >> (j * 8 + e % 2) & 1)) s[j][e] = -INFINITY;
     }
   }
 }
@@ -129,10 +136,12 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
       drop_keys<kKeys>(p, batch * p.heads + head, row0, j0, s, 1.0f);
     }
     ptx::cp_async_wait_group<1>();
-    __syncthreads();
+    const uint32_t v_tile = Shared::kV + tile % 2 * Shared::kTile;
+    const bool covered = band_covers(p, i0, i1, j0, j1);
+    const bool finite =
+        barrier_all_finite(covered ? 0 : own_exponents<T, kD, kKeys>(shared_bytes + v_tile));
     load_v(tile + 1);
-    accumulate_seen<T, kD, kKeys>(out, s, Shared::kV + tile % 2 * Shared::kTile, lanes,
-                                  band_covers(p, i0, i1, j0, j1), bands);
+    accumulate_seen<T, kD, kKeys>(out, s, v_tile, lanes, covered || finite, bands);
   }
   ptx::cp_async_wait_group<0>();
   __syncthreads();  // without tiles, Q is still arriving where the rows are put now

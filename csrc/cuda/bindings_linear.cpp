@@ -39,9 +39,9 @@ LinearEpilogue epilogue_of(const Epilogue& t) {
 }
 
 void product(const py::tuple& place, const Shape& shape, uintptr_t a, uintptr_t b, uintptr_t up,
-             const Epilogue& epilogue) {
+             const Epilogue& epilogue, bool tf32) {
   gemm({shape_of(shape), pointer(a), {pointer(b), pointer(up)}, epilogue_of(epilogue), nullptr},
-       place_of(place));
+       tf32, place_of(place));
 }
 
 void backward(const py::tuple& place, int dtype, int64_t rows, int64_t cols, int activation,

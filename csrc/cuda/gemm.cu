@@ -1,5 +1,5 @@
-// Matrix products of 16-bit operands on tensor cores, with the epilogue of gemm_epilogue.cuh;
-// formulas: llmkern/gemm.h.
+// Matrix products on tensor cores, of 16-bit operands or of floats rounded to TF32, with the
+// epilogue of gemm_epilogue.cuh; formulas: llmkern/gemm.h.
 //
 // A block of four warps computes a kBlock x kBlock tile of the product, each warp a quarter of it
 // in float accumulators (mma m16n8k16), from kStages tiles along k that are under way at a time:
@@ -33,6 +33,22 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
   ptx::mma_m16n8k16_f16(d, a, b0, b1);
 }
 
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
+  ptx::mma_m16n8k8_tf32(d, a, b0, b1);
+}
+
+// Fragments as mma takes them.
+template <class T, int kCount>
+__device__ inline void round_fragments(uint32_t (&r)[kCount][4], T) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) r[i][e] = ptx::cvt_rna_tf32_f32(__uint_as_float(r[i][e]));
+    }
+  }
+}
+
 struct TilePlace {
   int m, n;
 };
@@ -54,11 +70,11 @@ struct Gemm {
 
   float sum[kBlocks][2 * kBlocks][4] = {};
 
-  // One stage: kBlockK of k.
+  // One stage: kLineBytes of k.
   __device__ void multiply(uint32_t stage, const Fragments<kOuterA, kBlock, true>& a_of,
                            const Fragments<kOuterB, kBlock, false>& b_of) {
 #pragma unroll
-    for (int step = 0; step < kBlockK / 16; ++step) {
+    for (int step = 0; step < kLineBytes / 32; ++step) {
       uint32_t a[kBlocks][4], b[kBlocks][4];
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) a_of.load(a[i], stage, i, step);
@@ -66,6 +82,8 @@ struct Gemm {
       for (int j = 0; j < kBlocks; ++j) {
         b_of.load(b[j], stage + Tile<kOuterA, kBlock>::kBytes, j, step);
       }
+      round_fragments(a, T{});
+      round_fragments(b, T{});
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
@@ -104,17 +122,18 @@ __global__ void __launch_bounds__(kGemmThreads) gemm_kernel(const GemmParams p) 
   const int row0 = place.m * kBlock, col0 = place.n * (kBlock / parts);
   const int warp = threadIdx.x / kWarp;
   const int warp_row = warp % 2 * G::kWarpTile, warp_col = warp / 2 * G::kWarpTile;
-  const Loader<kOuterA, kBlock> load_a(p.a, row0, 1, p.k);
-  const Loader<kOuterB, kBlock> load_b(p.b, col0, parts, p.k);
+  Loader<T, kOuterA, kBlock> load_a(p.a, row0, 1, p.k);
+  Loader<T, kOuterB, kBlock> load_b(p.b, col0, parts, p.k);
   const Fragments<kOuterA, kBlock, true> a_of(warp_row);
   const Fragments<kOuterB, kBlock, false> b_of(warp_col);
   const uint32_t stages = shared_address(shared_bytes);
+  constexpr int kBlockK = kLineBytes / static_cast<int>(sizeof(T));
   const int blocks_k = (p.k + kBlockK - 1) / kBlockK;
   const auto load = [&](int block) {
     if (block < blocks_k) {
       const uint32_t stage = stages + block % kStages * G::kStageBytes;
-      load_a(stage, block * kBlockK);
-      load_b(stage + Tile<kOuterA, kBlock>::kBytes, block * kBlockK);
+      load_a(stage);
+      load_b(stage + Tile<kOuterA, kBlock>::kBytes);
     }
     ptx::cp_async_commit_group();  // an empty group too: the count below stays the same
   };
@@ -178,11 +197,16 @@ void run_type(const GemmArgs& g, const Place& place) {
   pick_block(g.shape) == 128 ? run_layout<T, 128>(g, place) : run_layout<T, 64>(g, place);
 }
 
+void run_tf32(const GemmArgs& g, const Place& place) {
+  pick_block(g.shape) == 128 ? run<float, false, false, 128>(g, place)
+                             : run<float, false, false, 64>(g, place);
+}
+
 }  // namespace
 
-void gemm(const GemmArgs& g, const Place& place) {
+void gemm(const GemmArgs& g, bool tf32, const Place& place) {
   if (g.shape.m == 0 || g.shape.n == 0) return;
-  if (g.shape.dtype == DType::kFloat32) return gemm_ieee(g, place);
+  if (g.shape.dtype == DType::kFloat32) return tf32 ? run_tf32(g, place) : gemm_ieee(g, place);
   g.shape.dtype == DType::kBFloat16 ? run_type<BFloat16>(g, place) : run_type<Float16>(g, place);
 }
 

@@ -60,46 +60,64 @@ __device__ inline int tile_block(bool gated, int c) {
   return gated ? (c >> 1) + (c & 1) * (kCols / 16) : c;
 }
 
+// row_bytes: where the row starts; swizzle: row % 4.
 template <int kCols>
-__device__ inline void read_block(const uint8_t* tile, int row, int c, float (&v)[kPack]) {
-  const float4 a = *reinterpret_cast<const float4*>(tile + tile_offset<kCols>(row, c, 0));
-  const float4 b = *reinterpret_cast<const float4*>(tile + tile_offset<kCols>(row, c, 1));
+__device__ inline void read_block(const uint8_t* row_bytes, int swizzle, int c, float (&v)[kPack]) {
+  const int low = tile_offset<kCols>(swizzle, c, 0) - swizzle * kCols * 4;
+  const int high = tile_offset<kCols>(swizzle, c, 1) - swizzle * kCols * 4;
+  const float4 a = *reinterpret_cast<const float4*>(row_bytes + low);
+  const float4 b = *reinterpret_cast<const float4*>(row_bytes + high);
   v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
   v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 
-// z (or u) of a pack: the product with its bias, kept if backward wants it.
+// A thread's eight columns and what it needs at each row of them.
+struct Columns {
+  int col, n;
+  float bias[2][kPack];
+};
+
 template <class T>
-__device__ inline void add_bias(const EpilogueParams& e, int which, int64_t row, int col, int n,
+__device__ inline Columns load_columns(const EpilogueParams& e, int col, int n) {
+  Columns c{col, n, {}};
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    if (e.bias[which] == nullptr) continue;
+    load_pack(static_cast<const T*>(e.bias[which]), col, n, e.vector, c.bias[which]);
+  }
+  return c;
+}
+
+// z (or u): the product with its bias, kept if backward wants it.
+template <class T>
+__device__ inline void add_bias(const EpilogueParams& e, const Columns& c, int which, int64_t row,
                                 float (&v)[kPack]) {
   if (e.bias[which] != nullptr) {
-    float b[kPack];
-    load_pack(static_cast<const T*>(e.bias[which]), col, n, e.vector, b);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) v[i] += b[i];
+    for (int i = 0; i < kPack; ++i) v[i] += c.bias[which][i];
   }
   if (e.preact[which] != nullptr) {
-    store_pack(static_cast<T*>(e.preact[which]) + row * n, col, n, e.vector, v);
+    store_pack(static_cast<T*>(e.preact[which]) + row * c.n, c.col, c.n, e.vector, v);
   }
 }
 
 template <class T>
-__device__ inline void finish_pack(const EpilogueParams& e, int64_t row, int col, int n,
+__device__ inline void finish_pack(const EpilogueParams& e, const Columns& c, int64_t row,
                                    float (&z)[kPack], float (&u)[kPack]) {
-  add_bias<T>(e, 0, row, col, n, z);
+  add_bias<T>(e, c, 0, row, z);
   activate(e.activation, z);
   if (e.gated) {
-    add_bias<T>(e, 1, row, col, n, u);
+    add_bias<T>(e, c, 1, row, u);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) z[i] *= u[i];
   }
-  if (e.dropout.threshold != 0) drop_pack(e.dropout, row * n + col, z);
+  if (e.dropout.threshold != 0) drop_pack(e.dropout, row * c.n + c.col, z);
   if (e.residual != nullptr) {
-    load_pack(static_cast<const T*>(e.residual) + row * e.residual_stride, col, n, e.vector, u);
+    load_pack(static_cast<const T*>(e.residual) + row * e.residual_stride, c.col, c.n, e.vector, u);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) z[i] += u[i];
   }
-  store_pack(static_cast<T*>(e.y) + row * e.y_stride, col, n, e.vector, z);
+  store_pack(static_cast<T*>(e.y) + row * e.y_stride, c.col, c.n, e.vector, z);
 }
 
 // The tile whose first element is (row0, col0) of y, by all threads of the block.
@@ -108,13 +126,18 @@ __device__ inline void finish_tile(const EpilogueParams& e, const uint8_t* tile,
                                    int64_t m, int col0, int n) {
   static_assert(kCols == 64 || kCols == 128, "a row is 8 or 16 packs");
   const int shift = (kCols == 128 ? 4 : 3) - (e.gated ? 1 : 0);  // packs of a row of y, as 2^shift
-  for (int i = threadIdx.x; i < kRows << shift; i += kThreads) {
-    const int row = i >> shift, c = i & ((1 << shift) - 1), col = col0 + c * kPack;
-    if (row0 + row >= m || col >= n) continue;
+  const int c = threadIdx.x & ((1 << shift) - 1), step = kThreads >> shift;
+  static_assert((kThreads >> 4) % 4 == 0, "the rows of a thread have the same swizzle");
+  const int first = threadIdx.x >> shift;
+  const int64_t end = m - row0 < kRows ? m - row0 : kRows;
+  if (col0 + c * kPack >= n) return;
+  const Columns columns = load_columns<T>(e, col0 + c * kPack, n);
+  const uint8_t* at = tile + first * kCols * 4;
+  for (int row = first; row < end; row += step, at += step * kCols * 4) {
     float z[kPack], u[kPack];
-    read_block<kCols>(tile, row, c, z);
-    if (e.gated) read_block<kCols>(tile, row, c + kCols / 16, u);
-    finish_pack<T>(e, row0 + row, col, n, z, u);
+    read_block<kCols>(at, first & 3, c, z);
+    if (e.gated) read_block<kCols>(at, first & 3, c + kCols / 16, u);
+    finish_pack<T>(e, columns, row0 + row, z, u);
   }
 }
 

@@ -1,23 +1,25 @@
-// One operand's tile in shared memory, 16-bit elements: kBlock rows (m or n) by kBlockK along k,
-// loaded 16 bytes a thread by cp.async and read by ldmatrix.
+// One operand's tile in shared memory: kBlock rows (m or n) by kLineBytes along k (32 elements of
+// 16 bits or 16 floats), loaded 16 bytes a thread by cp.async and read by ldmatrix.
 //
 // kOuter false: k is contiguous in memory. A row is 64 bytes = 4 units of 16; two rows share a line
 // of 128 bytes (all 32 banks). Unit u of row r stands at slot (r % 2) * 4 + (u ^ (r / 2 % 4)) of
 // line r / 2, so eight consecutive rows at one u, which is what ldmatrix reads at a time, lie in
-// eight distinct slots; so do the 2 rows x 4 units that eight lanes of cp.async write.
+// eight distinct slots; so do the 2 rows x 4 units that eight lanes of cp.async write. A float is
+// two columns of a 16-bit matrix to ldmatrix, which gives just the fragments of mma m16n8k8.
 //
-// kOuter true: the row index is contiguous. Stored as it comes, [k][row]; unit u (rows 8u .. 8u +
-// 7) of line k stands at u ^ (k % 8): eight consecutive k at one u are in distinct slots, and
-// ldmatrix.trans turns them over.
+// kOuter true, 16 bits: the row index is contiguous. Stored as it comes, [k][row]; unit u (rows 8u
+// .. 8u + 7) of line k stands at u ^ (k % 8): eight consecutive k at one u are in distinct slots,
+// and ldmatrix.trans turns them over.
 #pragma once
 
 #include "common.cuh"
 
 namespace llmkern {
 
-constexpr int kBlockK = 32;
+constexpr int kLineBytes = 64;
+constexpr int kOuterLines = 32;  // of k, where the row index is contiguous
 constexpr int kGemmThreads = 128;
-constexpr int kUnit = 16;  // bytes, 8 elements
+constexpr int kUnit = 16;  // bytes
 
 struct Operand {
   const void* data[2];  // [1]: the second matrix of a gated product
@@ -28,9 +30,10 @@ struct Operand {
 template <bool kOuter, int kBlock>
 struct Tile {
   static_assert(kBlock == 64 || kBlock == 128, "loads and swizzle assume 8 or 16 units a line");
-  static constexpr int kBytes = kBlock * kBlockK * 2;
+  static constexpr int kBytes = kBlock * kLineBytes;
+  static_assert(kOuterLines * kBlock * 2 == kBytes, "both layouts hold the same tile");
   static constexpr int kLoads = kBytes / kUnit / kGemmThreads;
-  static constexpr int kLineUnits = kOuter ? kBlock / 8 : kBlockK / 8;
+  static constexpr int kLineUnits = kOuter ? kBlock / 8 : kLineBytes / kUnit;
   static constexpr int kLineStep = kGemmThreads / kLineUnits;  // lines from one load to the next
 
   __device__ static int offset(int line, int unit) {
@@ -39,66 +42,84 @@ struct Tile {
   }
 };
 
-// A thread's part of loading tile after tile along k. Rows past the end repeat the last one: they
-// only reach elements of y that do not exist. Past the end of k both operands are filled with 0.
-template <bool kOuter, int kBlock>
+// A thread's part of loading tile after tile along k; each call loads the next one. Rows past the
+// end repeat the last one: they only reach elements of y that do not exist. Past the end of k both
+// operands are filled with 0.
+template <class Element, bool kOuter, int kBlock>
 struct Loader {
   using T = Tile<kOuter, kBlock>;
+  static_assert(!kOuter || sizeof(Element) == 2, "ldmatrix.trans turns 16-bit elements over");
+  static constexpr int kSize = sizeof(Element);
   const uint8_t* from[T::kLoads];
   const uint8_t* nothing;  // readable, for copies of 0 bytes
-  int64_t line_bytes;
-  int shared[T::kLoads];
-  int unit_bytes;  // kOuter: how much of the unit exists
-  int line, unit, k;
+  int64_t advance;         // bytes from tile to tile
+  int shared;              // of the first load; the others follow at kStep
+  int unit_bytes;          // kOuter: how much of the unit exists
+  int left;                // of k, from this thread's first element or line on
+
+  // The swizzle repeats after kLineStep lines, so loads are a constant apart.
+  static_assert(T::kLineStep % 8 == 0, "lines of one thread have the same swizzle");
+  static constexpr int kStep = kOuter ? T::kLineStep * kBlock * 2 : T::kLineStep * kLineBytes;
+
+  // What must be left of k for each of this thread's loads to be whole.
+  static constexpr int kWhole = kOuter ? (T::kLoads - 1) * T::kLineStep + 1 : kUnit / kSize;
 
   // parts: 2 where blocks of eight rows alternate between two matrices. row0 counts rows of one.
-  __device__ Loader(const Operand& o, int row0, int parts, int k_size) : k(k_size) {
-    line = threadIdx.x / T::kLineUnits;
-    unit = threadIdx.x % T::kLineUnits;
+  __device__ Loader(const Operand& o, int row0, int parts, int k_size) {
+    const int line = threadIdx.x / T::kLineUnits, unit = threadIdx.x % T::kLineUnits;
+    shared = T::offset(line, unit);
+    unit_bytes = kUnit;
+    left = k_size - (kOuter ? line : unit * (kUnit / kSize));
 #pragma unroll
     for (int i = 0; i < T::kLoads; ++i) {
       const int at = line + i * T::kLineStep;
-      shared[i] = T::offset(at, unit);
       // The eight-row block that this unit belongs to, and the row that it starts at or is.
       const int block = kOuter ? unit : at / 8;
       const int part = parts == 2 ? block % 2 : 0;
       const int in_part = parts == 2 ? block / 2 * 8 : block * 8;
-      int row = row0 + in_part + (kOuter ? 0 : at % 8);
+      const int row = row0 + in_part + (kOuter ? 0 : at % 8);
       const auto data = static_cast<const uint8_t*>(o.data[part]);
-      line_bytes = o.stride[part] * 2;
+      const int64_t line_bytes = o.stride[part] * kSize;
       nothing = data;
       if (kOuter) {
         unit_bytes = min(max((o.rows - row) * 2, 0), kUnit);
-        row = unit_bytes > 0 ? row : 0;
-        from[i] = data + at * line_bytes + static_cast<int64_t>(row) * 2;
+        advance = line_bytes * kOuterLines;
+        from[i] = data + at * line_bytes + (unit_bytes > 0 ? row : 0) * int64_t{2};
       } else {
-        unit_bytes = kUnit;
+        advance = kLineBytes;
         from[i] = data + min(row, o.rows - 1) * line_bytes + unit * kUnit;
       }
     }
   }
 
-  __device__ void operator()(uint32_t stage, int k0) const {
-    if (kOuter) {
+  // Bytes of load i that exist where the tile reaches past the end of k.
+  __device__ int bytes_of(int i) const {
+    if (kOuter) return left > i * T::kLineStep ? unit_bytes : 0;
+    return min(max(left * kSize, 0), kUnit);
+  }
+
+  __device__ void operator()(uint32_t stage) {
+    if (left >= kWhole) {
 #pragma unroll
       for (int i = 0; i < T::kLoads; ++i) {
-        const bool inside = k0 + line + i * T::kLineStep < k;
-        ptx::cp_async_cg_16(stage + shared[i], inside ? from[i] + k0 * line_bytes : nothing,
-                            inside ? unit_bytes : 0);
+        ptx::cp_async_cg_16(stage + shared + i * kStep, from[i], unit_bytes);
       }
     } else {
-      const int left = k - k0 - unit * 8;
-      const int bytes = min(max(left * 2, 0), kUnit);
 #pragma unroll
       for (int i = 0; i < T::kLoads; ++i) {
-        ptx::cp_async_cg_16(stage + shared[i], bytes > 0 ? from[i] + k0 * 2 : nothing, bytes);
+        const int bytes = bytes_of(i);
+        ptx::cp_async_cg_16(stage + shared + i * kStep, bytes > 0 ? from[i] : nothing, bytes);
       }
     }
+#pragma unroll
+    for (int i = 0; i < T::kLoads; ++i) from[i] += advance;
+    left -= kOuter ? kOuterLines : kLineBytes / kSize;
   }
 };
 
-// Where a lane's row of the ldmatrix is that gives fragments of 16 rows x 16 k, kRowsFirst: the
-// second of the four 8x8 matrices is the next eight rows (operand A) or the next eight k (B).
+// Where a lane's row of the ldmatrix is that gives fragments of 16 rows x 32 bytes of k,
+// kRowsFirst: the second of the four 8x8 matrices is the next eight rows (operand A) or the next
+// eight k (B).
 template <bool kOuter, int kBlock, bool kRowsFirst>
 struct Fragments {
   int lane_offset;
@@ -118,7 +139,7 @@ struct Fragments {
       ptx::ldmatrix_x4_trans(r,
                              stage + (lane_offset ^ (block * 2 * kUnit)) + step * 16 * kBlock * 2);
     } else {
-      ptx::ldmatrix_x4(r, stage + (lane_offset ^ (step * 2 * kUnit)) + block * 16 * kBlockK * 2);
+      ptx::ldmatrix_x4(r, stage + (lane_offset ^ (step * 2 * kUnit)) + block * 16 * kLineBytes);
     }
   }
 };

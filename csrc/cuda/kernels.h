@@ -15,10 +15,10 @@ void norm_fwd(const NormFwdArgs& a, const Place& place);
 int64_t norm_bwd_scratch(int64_t rows, int64_t cols);
 void norm_bwd(const NormBwdArgs& a, const Place& place);
 
-// 16-bit operands: one stride of each is 1, the other a multiple of 8 elements, data 16-byte
-// aligned; where k is not the contiguous dim of a, it is not that of b either. float: any strides;
-// scratch is not used.
-void gemm(const GemmArgs& g, const Place& place);
+// 16-bit operands: one stride of each is 1, the other a multiple of 16 bytes, data 16-byte aligned;
+// where k is not the contiguous dim of a, it is not that of b either. float with tf32: the same,
+// and k is contiguous; else any strides. scratch is not used.
+void gemm(const GemmArgs& g, bool tf32, const Place& place);
 void gemm_ieee(const GemmArgs& g, const Place& place);  // float, as gemm calls it
 
 // Floats of scratch that linear_bwd takes when a bias gradient is wanted.

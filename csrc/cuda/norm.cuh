@@ -94,6 +94,15 @@ inline NormScalars norm_scalars(const NormShape& s, bool vector) {
           dropout_of(s.drop_threshold, s.seed)};
 }
 
+// Columns of a pack that do not exist become 0; there are none where packs are whole.
+__device__ inline void clear_missing(float (&v)[kPack], int col, const NormScalars& s) {
+  if (s.vector) return;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    if (col + i >= s.cols) v[i] = 0.0f;
+  }
+}
+
 // The scale of eight columns: weight, + 1 with unit_offset, 1 without a weight.
 __device__ inline void load_scale(const NormScalars& s, const void* weight, int col,
                                   float (&w)[kPack]) {

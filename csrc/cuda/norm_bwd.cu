@@ -37,6 +37,7 @@ __device__ inline void load_xhat_dy(const BwdParams& p, int64_t row, int col, fl
   load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride, col, s.cols, s.vector, dy);
 #pragma unroll
   for (int i = 0; i < kPack; ++i) xhat[i] = (xhat[i] - mean) * rstd;
+  clear_missing(xhat, col, s);
 }
 
 struct Means {
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_kernel(const BwdParam
       load_xhat_dy<T>(p, row, col, mean, rstd, xhat[c], dy[c]);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const float gi = s.vector || col + i < s.cols ? dy[c][i] * w[c][i] : 0.0f;
+        const float gi = dy[c][i] * w[c][i];
         gx += gi * xhat[c][i];
         g += gi;
         dw[c][i] += dy[c][i] * xhat[c][i];
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_loop_kernel(const BwdPa
     load_scale(s, p.weight, col, w);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
-      const float gi = s.vector || col + i < s.cols ? dy[i] * w[i] : 0.0f;
+      const float gi = dy[i] * w[i];
       gx += gi * xhat[i];
       g += gi;
     }

@@ -37,15 +37,14 @@ __device__ inline void load_z(const FwdParams& p, int64_t row, int col, float (&
   }
 }
 
-// sum of (z - mean)^2 over the columns that exist
-__device__ inline float squares(const float (&z)[kPack], float mean, int col,
-                                const NormScalars& s) {
+// z becomes z - mean; gives the sum of its squares. Columns that do not exist become 0.
+__device__ inline float centre(float (&z)[kPack], float mean, int col, const NormScalars& s) {
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    const float c = s.vector || col + i < s.cols ? z[i] - mean : 0.0f;
-    sum += c * c;
-  }
+  for (int i = 0; i < kPack; ++i) z[i] -= mean;
+  clear_missing(z, col, s);
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) sum += z[i] * z[i];
   return sum;
 }
 
@@ -54,12 +53,12 @@ __device__ inline float sum_of(const float (&z)[kPack]) {
 }
 
 template <class T>
-__device__ inline void store_y(const FwdParams& p, int64_t row, int col, const float (&z)[kPack],
-                               float mean, float rstd, const float (&w)[kPack],
+__device__ inline void store_y(const FwdParams& p, int64_t row, int col,
+                               const float (&centred)[kPack], float rstd, const float (&w)[kPack],
                                const float (&b)[kPack]) {
   float y[kPack];
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) y[i] = (z[i] - mean) * rstd * w[i] + b[i];
+  for (int i = 0; i < kPack; ++i) y[i] = centred[i] * rstd * w[i] + b[i];
   store_pack(static_cast<T*>(p.y) + row * p.s.cols, col, p.s.cols, p.s.vector, y);
 }
 
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_kernel(const FwdParam
 #pragma unroll
     for (int c = 0; c < kRowPacks; ++c) {
       const int col = (c * p.lanes + lane) * kPack;
-      if (active && col < s.cols) square += squares(z[c], mean, col, s);
+      if (active && col < s.cols) square += centre(z[c], mean, col, s);
     }
     const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
     if (!active) continue;
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_kernel(const FwdParam
 #pragma unroll
     for (int c = 0; c < kRowPacks; ++c) {
       const int col = (c * p.lanes + lane) * kPack;
-      if (col < s.cols) store_y<T>(p, row, col, z[c], mean, rstd, w[c], b[c]);
+      if (col < s.cols) store_y<T>(p, row, col, z[c], rstd, w[c], b[c]);
     }
   }
 }
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
   }
   for (int col = first; col < s.cols; col += step) {
     load_z<X, T>(p, row, col, z);
-    square += squares(z, mean, col, s);
+    square += centre(z, mean, col, s);
   }
   const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
   if (threadIdx.x == 0) store_statistics(p, row, mean, rstd);
@@ -149,7 +148,8 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
     load_z<X, T>(p, row, col, z);
     if (p.z != nullptr) store_pack(static_cast<T*>(p.z) + row * s.cols, col, s.cols, s.vector, z);
     load_affine(p, col, w, b);
-    store_y<T>(p, row, col, z, mean, rstd, w, b);
+    centre(z, mean, col, s);
+    store_y<T>(p, row, col, z, rstd, w, b);
   }
 }
 

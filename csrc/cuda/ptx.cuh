@@ -60,6 +60,23 @@ __device__ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d += a b: a 16 x 8, b 8 x 8, of floats rounded to TF32.
+__device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                        uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// To nearest, ties away from zero: 10 bits of mantissa stay.
+__device__ inline uint32_t cvt_rna_tf32_f32(float x) {
+  uint32_t value;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(value) : "f"(x));
+  return value;
+}
+
 // Two floats rounded to nearest even: `high` in the upper half.
 __device__ inline uint32_t cvt_rn_bf16x2_f32(float high, float low) {
   uint32_t pair;

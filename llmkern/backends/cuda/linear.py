@@ -1,5 +1,5 @@
-"""Linear layers with epilogues: csrc/cuda/gemm.cu (16-bit, tensor cores), gemm_ieee.cu (float32),
-linear_bwd.cu."""
+"""Linear layers with epilogues: csrc/cuda/gemm.cu (tensor cores), gemm_ieee.cu (float32 where torch
+asks for full precision), linear_bwd.cu."""
 
 import torch
 from torch import Tensor
@@ -10,41 +10,48 @@ from llmkern.backends.cuda._ext import DTYPE_CODES, Launch, address, contiguous,
 from llmkern.specs import LinearSpec
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-_UNIT = 8  # elements: what the 16-bit kernels load at a time
+_UNIT_BYTES = 16  # what the tensor-core kernels load at a time
 
 
 def supports(spec: LinearSpec) -> str | None:
-    if max(spec.rows, spec.out_features, spec.in_features) > _ext.INT32_MAX // 2:
-        return "its kernels index each dim with 32 bits"
-    if spec.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "its float32 products do not use TF32"
+    if max(spec.rows, spec.in_features) > _ext.INT32_MAX // 2 or spec.out_features > _ext.MAX_COLS:
+        return f"its kernels index each dim with 32 bits, and outputs go up to {_ext.MAX_COLS}"
     return _ext.refusal(spec.device, spec.dtype)
 
 
-def _loadable(t: Tensor) -> bool:
-    """Whether the 16-bit kernels can read t [rows, k] in place, 16 bytes at a time."""
-    if 1 not in t.stride():
-        return False
-    line = t.stride(0) if t.stride(1) == 1 else t.stride(1)
-    return line % _UNIT == 0 and line > 0 and t.data_ptr() % (_UNIT * t.element_size()) == 0
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """A copy of t [rows, k] with k contiguous and lines of whole units."""
-    rows, k = t.shape
-    padded = torch.empty(rows, -(-k // _UNIT) * _UNIT, dtype=t.dtype, device=t.device)
-    return padded[:, :k].copy_(t)
+def _tf32(t: Tensor) -> bool:
+    """Whether torch lets products of t's dtype be rounded to TF32."""
+    return t.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 def _inner(t: Tensor) -> bool:
     return t.stride(1) == 1
 
 
+def _loadable(t: Tensor) -> bool:
+    """Whether the tensor-core kernels can read t [rows, k] in place, 16 bytes at a time."""
+    if 1 not in t.stride():
+        return False
+    line = t.stride(0 if _inner(t) else 1) * t.element_size()
+    return line > 0 and line % _UNIT_BYTES == 0 and t.data_ptr() % _UNIT_BYTES == 0
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """A copy of t [rows, k] with k contiguous and lines of whole units."""
+    (rows, k), unit = t.shape, _UNIT_BYTES // t.element_size()
+    padded = torch.empty(rows, -(-k // unit) * unit, dtype=t.dtype, device=t.device)
+    return padded[:, :k].copy_(t)
+
+
 def _operands(a: Tensor, b: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """a [M, K], b and up [N, K] in layouts that the kernels read; copies only of the others."""
-    if a.dtype == torch.float32:
+    tf32 = _tf32(a)
+    if a.dtype == torch.float32 and not tf32:
         return a, b, up
-    a, b, up = (t if t is None or _loadable(t) else _aligned(t) for t in (a, b, up))
+    a, b, up = (
+        t if t is None or (_loadable(t) and (_inner(t) or not tf32)) else _aligned(t)
+        for t in (a, b, up)
+    )
     if up is not None and _inner(b) != _inner(up):
         b, up = (t if _inner(t) else _aligned(t) for t in (b, up))
     if _inner(b) and not _inner(a):  # there is no kernel for this pair
@@ -76,7 +83,7 @@ def _gemm(
         address(preact[1]), address(residual), 0 if residual is None else residual.stride(0),
         threshold, address(seed), address(y), n,
     )  # fmt: skip
-    launch.gemm(shape, address(a), address(b), address(up), epilogue)
+    launch.gemm(shape, address(a), address(b), address(up), epilogue, _tf32(a))
     return y
 
 

@@ -10,8 +10,8 @@ from llmkern.specs import NormSpec
 
 
 def supports(spec: NormSpec) -> str | None:
-    if spec.cols > _ext.INT32_MAX or spec.rows > _ext.INT32_MAX:
-        return "its kernels index rows and columns with 32 bits each"
+    if spec.rows > _ext.INT32_MAX or spec.cols > _ext.MAX_COLS:
+        return f"its kernels take up to {_ext.INT32_MAX} rows of {_ext.MAX_COLS}"
     return _ext.refusal(spec.device, spec.dtype, spec.x_dtype, spec.weight_dtype or spec.dtype)
 
 
