@@ -129,6 +129,7 @@ def test_dropout_is_the_same_for_any_thread_count(backend):
     assert torch.equal(*results)
 
 
+@pytest.mark.usefixtures("emulated_triton")
 def test_dropout_is_the_same_on_all_backends():
     x = torch.randn(1000)
     results = []
