@@ -5,7 +5,9 @@ import pytest
 import torch
 from emulator_ptx import kernel, launch
 
-from llmkern.emulator import EmulatorError
+from llmkern import target
+from llmkern.emulator import EmulatorError, Program, current, device
+from llmkern.errors import ArgumentError
 
 TILE = """
   .shared .align 16 .b8 tile[4096];
@@ -394,3 +396,39 @@ def test_views_and_neighbours():
     with pytest.raises(EmulatorError, match="past its end"):
         launch(kernel(body.format(4), 1), storage[16:48])
     assert storage[:16].eq(0).all() and storage[48:].eq(0).all()
+
+
+def test_memory_that_nothing_wrote():
+    store = "mad.wide.u32 %d1, %r40, 4, %d40; st.global.b32 [%d1], %r40;"
+    load = "mad.wide.u32 %d1, %r40, 4, %d40;\nld.global.b32 %r1, [%d1+4];"
+    with device("sm_80") as dev:
+        out = dev.empty(40, dtype=torch.int32, name="out")
+        dev.launch(Program(kernel(store, 1)), "k", 1, 32, [out])
+        assert dev.unwritten(out) == 8
+        dev.launch(Program(kernel(load, 1)), "k", 1, 31, [out])
+        with pytest.raises(EmulatorError, match=r"nothing has written out \+ 128 bytes") as caught:
+            dev.launch(Program(kernel(load, 1)), "k", 1, 32, [out])
+    assert caught.value.check == "uninitialised global memory"
+    assert out[:32].tolist() == list(range(32)) and out[32:].eq(-1).all()
+
+
+def test_constants_have_bounds():
+    body = "mov.u64 %d1, table; mad.wide.u32 %d2, %r40, 4, %d1;\nld.const.u32 %r1, [%d2];"
+    module = ".const .align 4 .b32 table[32];"
+    launch(kernel(body, 0, module=module))
+    with pytest.raises(EmulatorError, match="table \\+ 124 bytes"):
+        launch(kernel(body, 0, module=module.replace("32]", "31]")))
+
+
+def test_device_is_restored_and_nests():
+    assert target.emulated() is None
+    with device("sm_80") as outer:
+        with device("sm_90"):
+            assert target.emulated() == 90
+        assert target.emulated() == 80 and current() is outer
+        with pytest.raises(ArgumentError, match="163|166912"):
+            outer.launch(Program(kernel("", 0)), "k", 1, 32, [], shared_bytes=200000)
+    assert target.emulated() is None
+    with pytest.raises(ArgumentError, match="architecture must be one of"):
+        with device("sm_75"):
+            pass

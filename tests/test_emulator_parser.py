@@ -1,6 +1,7 @@
 """Loading PTX: unknown things are refused with their line, and no text crashes the process."""
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from emulator_ptx import HEADER, kernel, launch
 
-from llmkern.emulator import EmulatorError, Program, PtxError
+from llmkern.emulator import EmulatorError, Program, PtxError, _ext
 from llmkern.errors import ArgumentError
 
 REFUSED = [
@@ -122,7 +123,8 @@ FUZZ = """
 import random, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from emulator_ptx import kernel
-from llmkern.emulator import Program, PtxError
+from llmkern.emulator import EmulatorError, Program, PtxError
+from llmkern.emulator.program import Options
 import test_emulator_checks as c, test_emulator_parser as p
 texts = [kernel(body, 2, module=c.MODULE) for _, body, _, _ in c.CATALOGUE.values()]
 texts = [c.variants(t)[0] for t in texts]
@@ -146,11 +148,30 @@ for _ in range({rounds}):
         else:
             text = text[:at] + chr(rng.randrange(1, 127)) + text[at + 1:]
     try:
-        Program(text)
+        program = Program(text)
     except PtxError:
         refused += 1
+        continue
+    try:  # what is still a kernel may do anything but crash
+        options = Options(budget=500, threads=rng.choice([1, 2]), seed=rng.randrange(3))
+        program.launch("k", 2, 64, c.arguments(), shared_bytes=256, options=options)
+    except (EmulatorError, ValueError):
+        pass
 print(refused)
 """
+
+
+def test_extension_needs_no_torch_and_exports_only_its_init():
+    extension = Path(_ext.load().__file__)
+    dynamic = subprocess.run(
+        ["readelf", "--dynamic", "--dyn-syms", "--wide", extension], capture_output=True, text=True
+    )
+    assert dynamic.returncode == 0, dynamic.stderr
+    assert not re.findall(r"NEEDED.*(?:torch|c10|python)", dynamic.stdout)
+    symbols = [line.split() for line in dynamic.stdout.splitlines() if " GLOBAL " in line]
+    assert not [s for s in symbols if re.search(r"torch|c10|_ZN2at", s[-1])]
+    ours = [s[-1] for s in symbols if "UND" not in s and "llmkern" in s[-1]]
+    assert not ours, ours
 
 
 def test_mutated_modules_never_crash():

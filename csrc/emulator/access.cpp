@@ -93,26 +93,53 @@ void effective_addresses(Warp& w, const Instr& in, uint64_t* address) {
   }
 }
 
+namespace {
+
+// Elements of a tracked tensor: a store sets them, a load wants them set.
+void follow_written(Warp& w, const Allocation& a, uint32_t mask, const uint64_t* address, int bytes,
+                    Access access) {
+  const uint64_t element = a.tensors[0].element_bytes;
+  for_lanes(mask, [&](int l) {
+    const uint64_t first = (address[l] - a.begin) / element;
+    const uint64_t last = (address[l] - a.begin + static_cast<uint64_t>(bytes) - 1) / element;
+    for (uint64_t e = first; e <= last; ++e) {
+      if (access == Access::kWrite) {
+        a.written[e] = 1;
+      } else if (a.written[e] == 0 && w.options->uninitialised) {
+        fail("uninitialised global memory",
+             "nothing has written " + w.launch->registry.describe(address[l]), l);
+      }
+    }
+  });
+}
+
+}  // namespace
+
 void check_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-                  const char* verb) {
+                  Access access) {
+  static const char* verbs[] = {"read", "write", "atomic", "cp.async read"};
+  const char* verb = verbs[static_cast<int>(access)];
+  if (!w.options->bounds) return;
   const auto size = static_cast<uint64_t>(bytes);
   const Range range = range_of(mask, address);
   const Allocation*& hint = w.worker->hints[static_cast<size_t>(in.index)];
-  if (w.options->bounds) {
-    const bool hit = hint != nullptr && range.lowest >= hint->begin &&
-                     range.highest <= hint->end - size && hint->end - hint->begin >= size;
-    if (!hit) {
-      for_lanes(mask, [&](int l) {
-        hint = w.launch->registry.find(address[l], size);
-        if (hint != nullptr) return;
+  const bool hit = hint != nullptr && range.lowest >= hint->begin &&
+                   range.highest <= hint->end - size && hint->end - hint->begin >= size;
+  if (!hit) {
+    for_lanes(mask, [&](int l) {
+      hint = w.launch->registry.find(address[l], size);
+      if (hint == nullptr) {
         fail("out of bounds",
              std::string(verb) + " of " + std::to_string(bytes) + " bytes of global memory at " +
                  hex(address[l]) + ": " + w.launch->registry.describe(address[l]),
              l);
-      });
-    }
-    check_alignment(mask, address, bytes, range, verb, "global");
+      }
+      if (hint->written != nullptr) follow_written(w, *hint, 1u << l, address, bytes, access);
+    });
+  } else if (hint->written != nullptr) {
+    follow_written(w, *hint, mask, address, bytes, access);
   }
+  check_alignment(mask, address, bytes, range, verb, "global");
 }
 
 void check_shared(Warp& w, const Instr&, uint32_t mask, const uint64_t* address, int bytes,
@@ -235,7 +262,7 @@ void resolve_read(Warp& w, const Instr& in, uint32_t mask, Space space, const ui
                   int bytes, char** to) {
   switch (space) {
     case Space::kGlobal:
-      check_global(w, in, mask, address, bytes, "read");
+      check_global(w, in, mask, address, bytes, Access::kRead);
       count_global(w, in, mask, address, bytes);
       return host_pointers(mask, address, to);
     case Space::kShared:
@@ -251,6 +278,7 @@ void resolve_read(Warp& w, const Instr& in, uint32_t mask, Space space, const ui
     case Space::kParam:
       return parameter_pointers(w, mask, address, bytes, to);
     case Space::kConst:
+      check_global(w, in, mask, address, bytes, Access::kRead);
       return host_pointers(mask, address, to);
     default:
       by_window(mask, address, [&](Space inner, uint32_t lanes, const uint64_t* inside) {
@@ -265,7 +293,7 @@ void resolve_write(Warp& w, const Instr& in, uint32_t mask, Space space, const u
                    int bytes, const char* data, int stride, char** to) {
   switch (space) {
     case Space::kGlobal:
-      check_global(w, in, mask, address, bytes, "write");
+      check_global(w, in, mask, address, bytes, Access::kWrite);
       count_global(w, in, mask, address, bytes);
       if (w.options->global_races) record_global_stores(w, in, mask, address, bytes, data, stride);
       return host_pointers(mask, address, to);
@@ -310,7 +338,7 @@ void resolve_atomic(Warp& w, const Instr& in, uint32_t mask, Space space, const 
     return;
   }
   if (space != Space::kGlobal) fail("out of bounds", "atomic on local memory", -1);
-  check_global(w, in, mask, address, bytes, "atomic");
+  check_global(w, in, mask, address, bytes, Access::kAtomic);
   count_global(w, in, mask, address, bytes);
   host_pointers(mask, address, to);
 }

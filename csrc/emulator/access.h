@@ -21,9 +21,11 @@ void resolve_write(Warp& w, const Instr& in, uint32_t mask, Space space, const u
 void resolve_atomic(Warp& w, const Instr& in, uint32_t mask, Space space, const uint64_t* address,
                     int bytes, char** to);
 
+enum class Access { kRead, kWrite, kAtomic, kAsyncRead };
+
 // Parts that other instructions use.
 void check_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-                  const char* verb);
+                  Access access);
 void check_shared(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
                   const char* verb);
 void count_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes);

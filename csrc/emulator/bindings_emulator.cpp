@@ -10,6 +10,8 @@ namespace llmkern {
 namespace emulator {
 namespace {
 
+constexpr int64_t kMostShared = 256 * 1024;
+
 const Kernel& find_kernel(const Program& program, const std::string& name) {
   for (const auto& kernel : program.kernels) {
     if (kernel->name == name) return *kernel;
@@ -96,8 +98,8 @@ bool compares_32_bits(const Program& program, const std::string& kernel) {
   return false;
 }
 
-using TensorRow =
-    std::tuple<std::string, uint64_t, uint64_t, uint32_t>;  // name, begin, bytes, element
+// name, begin, bytes, bytes of an element, address of its written flags or 0
+using TensorRow = std::tuple<std::string, uint64_t, uint64_t, uint32_t, uint64_t>;
 
 py::tuple launch(const Program& program, const std::string& name, std::array<uint32_t, 3> grid,
                  std::array<uint32_t, 3> block, int64_t dynamic_shared, const py::bytes& parameters,
@@ -115,20 +117,22 @@ py::tuple launch(const Program& program, const std::string& name, std::array<uin
   if (threads < 1 || threads > 1024) throw py::value_error("a CTA has 1 to 1024 threads");
   if (static_cast<int64_t>(bytes.size()) != l.kernel->parameter_bytes)
     throw py::value_error("the parameters have the wrong size");
-  if (dynamic_shared < 0 || dynamic_shared > (int64_t{1} << 24))
-    throw py::value_error("bad size of shared memory");
+  if (dynamic_shared < 0 || l.shared_bytes() > kMostShared) {
+    throw py::value_error("more shared memory than any GPU has");
+  }
   if (l.kernel->threads_required != 0 && threads != l.kernel->threads_required) {
     throw py::value_error("the kernel needs " + std::to_string(l.kernel->threads_required) +
                           " threads");
   }
   std::vector<Tensor> known;
   for (const auto& row : tensors) {
-    known.push_back({std::get<0>(row), std::get<1>(row), std::get<1>(row) + std::get<2>(row),
-                     std::max(1u, std::get<3>(row))});
+    const uint64_t begin = std::get<1>(row);
+    known.push_back({std::get<0>(row), begin, begin + std::get<2>(row),
+                     std::max(1u, std::get<3>(row)), reinterpret_cast<uint8_t*>(std::get<4>(row))});
   }
   for (const auto& variable : program.globals) {
     const auto begin = reinterpret_cast<uint64_t>(variable.second.data());
-    known.push_back({variable.first, begin, begin + variable.second.size(), 1});
+    known.push_back({variable.first, begin, begin + variable.second.size(), 1, nullptr});
   }
   // Compare-and-swap on 16-bit elements is done on the aligned word around them.
   l.registry.build(std::move(known), compares_32_bits(program, name));

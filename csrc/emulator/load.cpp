@@ -9,7 +9,8 @@ namespace llmkern {
 namespace emulator {
 namespace {
 
-constexpr int64_t kMaxRegisterBytes = int64_t{64} << 20;
+constexpr int64_t kMaxRegisterBytes = int64_t{16} << 20;
+constexpr int64_t kMaxLocalBytes = 512 * 1024;  // the limit of CUDA
 constexpr uint32_t kRegisterAlign = 64;
 
 int64_t align_up(int64_t v, int64_t a) { return (v + a - 1) / a * a; }
@@ -85,6 +86,7 @@ void KernelBuilder::lay_out_shared() {
       }
     }
   }
+  if (kernel->local_bytes > kMaxLocalBytes) throw PtxError(function->line, "too much local memory");
   kernel->dynamic_base = align_up(kernel->static_shared, dynamic_align);
   for (const Variable& v : program->ast.variables) {
     if (v.space == Space::kShared && v.external) {

@@ -24,6 +24,7 @@ void Registry::build(std::vector<Tensor> tensors, bool slack) {
       Allocation& last = *allocations_.back();
       last.end = std::max(last.end, t.end);
       last.granule = std::min(last.granule, granule_of(t));
+      last.written = nullptr;
       last.tensors.push_back(std::move(t));
       continue;
     }
@@ -31,11 +32,13 @@ void Registry::build(std::vector<Tensor> tensors, bool slack) {
     a->begin = t.begin;
     a->end = t.end;
     a->granule = granule_of(t);
+    a->written = t.written;
     a->tensors.push_back(std::move(t));
     allocations_.push_back(std::move(a));
   }
   if (!slack) return;
   for (auto& a : allocations_) {
+    a->written = nullptr;  // its first element would no longer be at the begin
     a->begin &= ~uint64_t{3};
     a->end = (a->end + 3) & ~uint64_t{3};
   }

@@ -18,6 +18,7 @@ struct Tensor {
   std::string name;
   uint64_t begin = 0, end = 0;
   uint32_t element_bytes = 1;
+  uint8_t* written = nullptr;  // a byte for each element, kept by the caller; or null
 };
 
 // The earliest CTA that stored an element in this launch, and what it stored. All zero: nobody.
@@ -36,6 +37,7 @@ struct Allocation {
   uint32_t granule = 1;  // bytes of a shadow element, a power of two
   std::vector<Tensor> tensors;
   mutable std::atomic_flag lock = ATOMIC_FLAG_INIT;
+  uint8_t* written = nullptr;                              // of its only tensor
   mutable std::unique_ptr<StoreRecord[], Release> stores;  // made, zeroed, at the first store
 };
 

@@ -49,12 +49,12 @@ void issue(Warp& w, const Instr& in, uint32_t mask) {
   if (reading != 0) {
     uint32_t whole = 0;
     for_lanes(reading, [&](int l) { whole |= uint32_t{size[l] == in.bytes} << l; });
-    if (whole != 0) check_global(w, in, whole, from, in.bytes, "cp.async read");
+    if (whole != 0) check_global(w, in, whole, from, in.bytes, Access::kAsyncRead);
     for_lanes(reading & ~whole, [&](int l) {  // only the first bytes are read
       uint64_t byte[kLanes];
       for (uint32_t i = 0; i < size[l]; ++i) {
         byte[l] = from[l] + i;
-        check_global(w, in, 1u << l, byte, 1, "cp.async read");
+        check_global(w, in, 1u << l, byte, 1, Access::kAsyncRead);
       }
     });
     count_global(w, in, reading, from, in.bytes);

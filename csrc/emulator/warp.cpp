@@ -191,6 +191,7 @@ size_t pick(Warp& w) {
   // Everyone waits for lanes that wait elsewhere.
   const Group& g = w.groups[0];
   w.mask = g.mask;
+  w.pc = g.pc;
   const Instr& in = w.launch->kernel->code[static_cast<size_t>(g.pc)];
   const uint32_t exec = guarded(w, in, g.mask);
   fail_divergent(w, g, exec, needed_lanes(w, in, exec) & ~exec);

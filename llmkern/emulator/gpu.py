@@ -9,7 +9,7 @@ import torch
 
 from llmkern import target
 from llmkern.emulator.counters import Counters
-from llmkern.emulator.program import Options, Program, tensor_row
+from llmkern.emulator.program import Options, Program, Row, tensor_row
 from llmkern.errors import ArgumentError
 
 # Bytes of shared memory that a CTA may ask for.
@@ -36,13 +36,34 @@ class Device:
         self.options = options
         self.max_shared_bytes = MAX_SHARED[capability]
         self._counters: dict[str, Counters] = {}
-        self._memory: dict[int, tuple[str, torch.Tensor]] = {}
+        self._memory: dict[int, tuple[str, torch.Tensor, torch.Tensor | None]] = {}
         self.failure: Exception | None = None  # of a launch by a library, which saw an error code
 
     def register(self, tensor: torch.Tensor, name: str = "registered") -> torch.Tensor:
         """Let kernels touch a tensor that reaches them in another way than as an argument."""
-        self._memory[tensor.data_ptr()] = (name, tensor)
+        self._memory[tensor.data_ptr()] = (name, tensor, None)
         return tensor
+
+    def empty(
+        self, *size: int, dtype: torch.dtype = torch.float32, name: str = "empty"
+    ) -> torch.Tensor:
+        """A CPU tensor that nothing has written: kernels that read it first are stopped.
+
+        Its bytes are 0xff: NaN in every float dtype. unwritten() tells what no kernel has written.
+        Not followed in kernels that compare-and-swap global memory.
+        """
+        tensor = torch.zeros(size, dtype=dtype)
+        tensor.view(torch.uint8).fill_(255) if tensor.dim() else tensor.fill_(-1)
+        flags = torch.zeros(tensor.numel(), dtype=torch.uint8)
+        self._memory[tensor.data_ptr()] = (name, tensor, flags)
+        return tensor
+
+    def unwritten(self, tensor: torch.Tensor) -> int:
+        """Elements of a tensor made by empty() that no kernel has stored to."""
+        flags = self._memory.get(tensor.data_ptr(), ("", tensor, None))[2]
+        if flags is None:
+            raise ArgumentError("unwritten() is about tensors made by empty()")
+        return int((flags == 0).sum())
 
     def raise_failure(self) -> None:
         """Raise what stopped the last launch that a library made, once.
@@ -63,7 +84,7 @@ class Device:
         arguments: Sequence[Any],
         *,
         shared_bytes: int = 0,
-        memory: Sequence[tuple[str, int, int, int]] = (),
+        memory: Sequence[Row] = (),
     ) -> None:
         """Program.launch with this device's options; counts are kept.
 
@@ -73,7 +94,7 @@ class Device:
         if shared_bytes > self.max_shared_bytes:
             limit = f"sm_{self.capability} has {self.max_shared_bytes}"
             raise ArgumentError(f"{kernel}: {shared_bytes} bytes of shared memory, {limit}")
-        known = [tensor_row(name, t) for name, t in self._memory.values()]
+        known = [tensor_row(*entry) for entry in self._memory.values()]
         rows = program.launch(
             kernel,
             grid,

@@ -21,8 +21,9 @@ class EmulatorError(LlmkernError, RuntimeError):
 
     Attributes:
         check: "out of bounds", "misaligned", "shared race", "global race", "async copy in flight",
-            "uninitialised shared memory", "unset register", "divergent collective", "divergent
-            barrier", "divergent branch", "barrier deadlock", "instruction budget", "trap", ...
+            "uninitialised shared memory", "uninitialised global memory", "unset register",
+            "divergent collective", "divergent barrier", "divergent branch", "barrier deadlock",
+            "instruction budget", "assertion", "trap", ...
         message: what happened, with the address as tensor + offset.
         kernel, source, line, text: where: "file.py:12", the PTX line and its text.
         other_source, other_line, other_text: the other access of a race.
@@ -73,9 +74,16 @@ def extent(tensor: torch.Tensor) -> int:
     return (span + 1) * tensor.element_size()
 
 
-def tensor_row(name: str, tensor: torch.Tensor) -> tuple[str, int, int, int]:
-    """A tensor as the extension takes it: name, address, bytes, bytes of an element."""
-    return name, tensor.data_ptr(), extent(tensor), tensor.element_size()
+Row = tuple[str, int, int, int, int]
+
+
+def tensor_row(name: str, tensor: torch.Tensor, written: torch.Tensor | None = None) -> Row:
+    """A tensor as the extension takes it: name, address, bytes, bytes of an element, flags.
+
+    The flags are 0 or the address of `written`, a byte for each element that stores set.
+    """
+    flags = 0 if written is None else written.data_ptr()
+    return name, tensor.data_ptr(), extent(tensor), tensor.element_size(), flags
 
 
 def pack(value: Any, size: int) -> bytes:
@@ -138,7 +146,7 @@ class Program:
         arguments: Sequence[Any] = (),
         *,
         shared_bytes: int = 0,
-        memory: Sequence[tuple[str, int, int, int]] = (),
+        memory: Sequence[Row] = (),
         options: Options | None = None,
     ) -> list[tuple]:
         """Run a kernel to its end.
@@ -149,7 +157,8 @@ class Program:
             arguments: a tensor, int, float, bytes or Named for each parameter. The kernel may touch
                 the tensors' elements and nothing else.
             shared_bytes: dynamic shared memory.
-            memory: further memory it may touch: (name, address, bytes, bytes of an element).
+            memory: further memory it may touch, as tensor_row() gives it; a tensor that is here and
+                an argument too is known by the name given here.
             options: checks and order; defaults to Options().
 
         Returns:
@@ -165,10 +174,11 @@ class Program:
         block_size, grid_size = _triple(block), _triple(grid)
         packed = bytearray(self.describe(kernel)["parameter_bytes"])
         known = list(memory)
+        given = {row[1] for row in known if row[4]}
         for (name, offset, size), argument in zip(parameters, arguments, strict=True):
             if isinstance(argument, Named):
                 name, argument = argument
-            if isinstance(argument, torch.Tensor):
+            if isinstance(argument, torch.Tensor) and argument.data_ptr() not in given:
                 known.append(tensor_row(name, argument))
             packed[offset : offset + size] = pack(argument, size)
         if 0 in grid_size:
