@@ -25,8 +25,9 @@ THREADS = {
     "norm": 256,
 }
 # Bytes of local memory: in attention, weights indexed at run time where a tile that the band
-# cuts holds a NaN or Inf; [8 or 4 blocks of columns][4] floats. Elsewhere it would be spills.
-LOCAL_BYTES = {"attention_fwd": 128, "attention_bwd_queries": 128, "attention_bwd_keys": 256}
+# cuts holds a NaN or Inf: [8 or 4 blocks of columns][4] floats, and 16 bytes of spills in backward
+# with head dim 128. Elsewhere it would be spills.
+LOCAL_BYTES = {"attention_fwd": 128, "attention_bwd_queries": 144, "attention_bwd_keys": 128}
 
 
 @pytest.fixture(scope="module")

@@ -56,13 +56,24 @@ template <class T, int kD, int kRows>
 __device__ inline void load_rows(uint32_t shared, const T* slab, int64_t stride, int first,
                                  int count, int dim, const uint8_t* keep = nullptr) {
   constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
-  const int unit = threadIdx.x % kUnits;
+  static_assert(kStep % 8 == 0, "the rows of a thread have the same swizzle");
+  const int unit = threadIdx.x % kUnits, line = threadIdx.x / kUnits;
+  const uint32_t to = shared + row_offset<kD>(line, unit);
+  const int bytes = unit * 8 < dim ? 16 : 0;
+  if (first + kRows <= count && keep == nullptr) {
+    const T* from = slab + (first + line) * stride + (bytes > 0 ? unit * 8 : 0);
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride) {
+      ptx::cp_async_cg_16(to + i * kStep * kD * 2, from, bytes);
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kRows / kStep; ++i) {
-    const int at = threadIdx.x / kUnits + i * kStep, row = first + at;
-    const bool inside = row < count && unit * 8 < dim && (keep == nullptr || keep[row] != 0);
-    ptx::cp_async_cg_16(shared + row_offset<kD>(at, unit),
-                        inside ? slab + row * stride + unit * 8 : slab, inside ? 16 : 0);
+    const int row = first + line + i * kStep;
+    const bool inside = row < count && bytes > 0 && (keep == nullptr || keep[row] != 0);
+    ptx::cp_async_cg_16(to + i * kStep * kD * 2, inside ? slab + row * stride + unit * 8 : slab,
+                        inside ? 16 : 0);
   }
 }
 

@@ -97,7 +97,7 @@ __device__ inline void differentiate(const float2* terms, float scale_log2, cons
         const float lse = e == 0 ? pair.x : pair.z, delta = e == 0 ? pair.y : pair.w;
         const bool sees = kAll || band[half].sees(j * 8 + e);
         float& score = s[j][2 * half + e];
-        score = sees ? ptx::ex2_approx_ftz_f32(score * scale_log2 - lse) : 0.0f;
+        score = sees ? ptx::ex2_approx_ftz_f32(fmaf(score, scale_log2, -lse)) : 0.0f;
         ds[j][2 * half + e] = sees ? score * (dp[j][2 * half + e] - delta) : 0.0f;
       }
     }
@@ -210,7 +210,8 @@ __device__ inline void differentiate_keys(const AttentionParams& p, int batch, i
       for (int e = 0; e < 2; ++e) {
         const bool sees = kAll || (band.sees(j * 8 + e) && (kept >> (j * 8 + e) & 1));
         float& d = dp[j][2 * half + e];
-        const float prob = ptx::ex2_approx_ftz_f32(s[j][2 * half + e] * scale_log2 - lse[half]);
+        const float prob =
+            ptx::ex2_approx_ftz_f32(fmaf(s[j][2 * half + e], scale_log2, -lse[half]));
         d = sees ? prob * (d - delta[half]) : 0.0f;
       }
     }

@@ -39,7 +39,7 @@ struct Softmax {
       for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[j][e] = ptx::ex2_approx_ftz_f32(s[j][e] * scale_log2 - base);
+          s[j][e] = ptx::ex2_approx_ftz_f32(fmaf(s[j][e], scale_log2, -base));
           total += s[j][e];
         }
       }
