@@ -77,8 +77,22 @@ def backend(request):
         reason = _gpu_lacks(request, name)
         if reason:
             pytest.skip(reason)
+        _skip_what_is_refused(request.getfixturevalue("monkeypatch"), name)
         with dispatch.use_backend(name):
             yield name
+
+
+def _skip_what_is_refused(monkeypatch, name: str) -> None:
+    """A GPU backend may leave some calls to another: `supports` says which, and so does the skip."""
+    refusal = dispatch.refusal
+
+    def ask(backend, op, spec):
+        reason = refusal(backend, op, spec)
+        if reason is not None and backend == name:
+            pytest.skip(f"{name}: {reason}")
+        return reason
+
+    monkeypatch.setattr(dispatch, "refusal", ask)
 
 
 def gpu(name: str) -> contextlib.AbstractContextManager:

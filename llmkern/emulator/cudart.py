@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from llmkern import target
 from llmkern.emulator import gpu
-from llmkern.emulator.program import EmulatorError, Program, PtxError, tensor_row
+from llmkern.emulator.program import EmulatorError, Program, PtxError, Row, tensor_row
 from llmkern.errors import ArgumentError, BackendError
 
 STAND_IN = "libcudart.so.13"
@@ -159,13 +159,13 @@ def _function(ptx, size, name, out) -> int:
     return _SUCCESS
 
 
-def _allocations() -> list[tuple[str, int, int, int]]:
+def _allocations() -> list[Row]:
     """What the library got from cudaMalloc and has not freed."""
     list_of = stand_in().library.llmkern_cudart_allocations
     capacity = list_of(None, None, 0)
     begins, sizes = (ctypes.c_uint64 * capacity)(), (ctypes.c_uint64 * capacity)()
     count = min(capacity, list_of(begins, sizes, capacity))
-    return [(f"cudaMalloc #{i}", begins[i], sizes[i], 1) for i in range(count)]
+    return [(f"cudaMalloc #{i}", begins[i], sizes[i], 1, 0) for i in range(count)]
 
 
 def _mapped() -> list[Path]:
