@@ -83,7 +83,7 @@ def backend(request):
 
 
 def _skip_what_is_refused(monkeypatch, name: str) -> None:
-    """A GPU backend may leave some calls to another: `supports` says which, and so does the skip."""
+    """A GPU backend may leave calls to another: `supports` says which, and so does the skip."""
     refusal = dispatch.refusal
 
     def ask(backend, op, spec):

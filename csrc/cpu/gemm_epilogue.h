@@ -4,9 +4,9 @@
 
 #include <type_traits>
 
+#include "columns.h"
 #include "llmkern/gemm.h"
 #include "simd/activation.h"
-#include "columns.h"
 #include "simd/dropout.h"
 
 namespace llmkern {

@@ -1,5 +1,5 @@
-// The emulated device's properties, streams, events and errors. Work is done when it is launched, so
-// streams and events have nothing to wait for.
+// The emulated device's properties, streams, events and errors. Work is done when it is launched,
+// so streams and events have nothing to wait for.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -36,7 +36,8 @@ Limits limits(int capability) {
   }
 }
 
-constexpr int kMultiprocessors = 4;  // enough for launches that fill the device to have several CTAs
+constexpr int kMultiprocessors =
+    4;  // enough for launches that fill the device to have several CTAs
 constexpr int kStaticShared = 48 * 1024, kRegisters = 65536, kReservedShared = 1024;
 
 using Clock = std::chrono::steady_clock;
@@ -167,27 +168,27 @@ int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   const struct {
     int attribute, value;
   } known[] = {
-      {1, 1024},                   // MaxThreadsPerBlock
-      {2, 1024},                   // MaxBlockDimX
-      {3, 1024},                   // MaxBlockDimY
-      {4, 64},                     // MaxBlockDimZ
-      {5, 0x7fffffff},             // MaxGridDimX
-      {6, 65535},                  // MaxGridDimY
-      {7, 65535},                  // MaxGridDimZ
-      {8, kStaticShared},          // MaxSharedMemoryPerBlock
-      {10, 32},                    // WarpSize
-      {12, kRegisters},            // MaxRegistersPerBlock
-      {16, kMultiprocessors},      // MultiProcessorCount
-      {38, 4 << 20},               // L2CacheSize
-      {39, l.sm_threads},          // MaxThreadsPerMultiProcessor
-      {75, capability / 10},       // ComputeCapabilityMajor
-      {76, capability % 10},       // ComputeCapabilityMinor
-      {81, l.sm_shared},           // MaxSharedMemoryPerMultiprocessor
-      {82, kRegisters},            // MaxRegistersPerMultiprocessor
-      {95, 0},                     // CooperativeLaunch
-      {97, l.optin_shared},        // MaxSharedMemoryPerBlockOptin
-      {106, l.sm_blocks},          // MaxBlocksPerMultiprocessor
-      {111, kReservedShared},      // ReservedSharedMemoryPerBlock
+      {1, 1024},               // MaxThreadsPerBlock
+      {2, 1024},               // MaxBlockDimX
+      {3, 1024},               // MaxBlockDimY
+      {4, 64},                 // MaxBlockDimZ
+      {5, 0x7fffffff},         // MaxGridDimX
+      {6, 65535},              // MaxGridDimY
+      {7, 65535},              // MaxGridDimZ
+      {8, kStaticShared},      // MaxSharedMemoryPerBlock
+      {10, 32},                // WarpSize
+      {12, kRegisters},        // MaxRegistersPerBlock
+      {16, kMultiprocessors},  // MultiProcessorCount
+      {38, 4 << 20},           // L2CacheSize
+      {39, l.sm_threads},      // MaxThreadsPerMultiProcessor
+      {75, capability / 10},   // ComputeCapabilityMajor
+      {76, capability % 10},   // ComputeCapabilityMinor
+      {81, l.sm_shared},       // MaxSharedMemoryPerMultiprocessor
+      {82, kRegisters},        // MaxRegistersPerMultiprocessor
+      {95, 0},                 // CooperativeLaunch
+      {97, l.optin_shared},    // MaxSharedMemoryPerBlockOptin
+      {106, l.sm_blocks},      // MaxBlocksPerMultiprocessor
+      {111, kReservedShared},  // ReservedSharedMemoryPerBlock
   };
   for (const auto& k : known) {
     if (k.attribute == attribute) {
@@ -249,8 +250,8 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const vo
 
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* stub, int threads,
                                                   size_t shared_bytes) {
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, stub, threads,
-                                                                shared_bytes, 0);
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, stub, threads, shared_bytes,
+                                                                0);
 }
 
 int cudaStreamCreate(void** stream) {

@@ -43,7 +43,8 @@ int release(void* p) {
   {
     const std::lock_guard<std::mutex> hold(heap().lock);
     if (heap().live.erase(reinterpret_cast<uint64_t>(p)) == 0) {
-      return fail(kInvalidValue, "cudaFree of memory that cudaMalloc did not give, or freed before");
+      return fail(kInvalidValue,
+                  "cudaFree of memory that cudaMalloc did not give, or freed before");
     }
   }
   std::free(p);
@@ -111,9 +112,7 @@ int cudaMemset(void* p, int value, size_t bytes) {
   return kSuccess;
 }
 
-int cudaMemsetAsync(void* p, int value, size_t bytes, void*) {
-  return cudaMemset(p, value, bytes);
-}
+int cudaMemsetAsync(void* p, int value, size_t bytes, void*) { return cudaMemset(p, value, bytes); }
 
 int cudaMemGetInfo(size_t* free_bytes, size_t* total) {
   if (!hooks()) return fail(kInsufficientDriver, "no emulated device is active");

@@ -74,8 +74,8 @@ Function* function_of(const void* stub) {
 int launch(Function* f, Dim3 grid, Dim3 block, void** arguments, size_t shared_bytes) {
   if (!hooks()) return fail(kInsufficientDriver, "no emulated device is active");
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 ||
-      grid.z == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
+  if (threads == 0 || threads > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
     return fail(kInvalidConfiguration, f->name + ": grid or block out of range");
   }
   if (shared_bytes > static_cast<size_t>(f->max_dynamic_shared)) {
@@ -85,13 +85,9 @@ int launch(Function* f, Dim3 grid, Dim3 block, void** arguments, size_t shared_b
   }
   const Image* image = image_of(*f->binary, f->name);
   if (!image) return kNoKernelImageForDevice;
-  const LlmkernLaunch call{image->text.data(),
-                           image->text.size(),
-                           f->name.c_str(),
-                           {grid.x, grid.y, grid.z},
-                           {block.x, block.y, block.z},
-                           shared_bytes,
-                           arguments};
+  const LlmkernLaunch call{
+      image->text.data(),          image->text.size(), f->name.c_str(), {grid.x, grid.y, grid.z},
+      {block.x, block.y, block.z}, shared_bytes,       arguments};
   return remember(hooks()->launch(&call));
 }
 
@@ -176,8 +172,8 @@ int __cudaLaunchKernel_ptsz(void* kernel, Dim3 grid, Dim3 block, void** argument
   return __cudaLaunchKernel(kernel, grid, block, arguments, shared_bytes, stream);
 }
 
-int cudaLaunchKernel(const void* stub, Dim3 grid, Dim3 block, void** arguments,
-                     size_t shared_bytes, void* stream) {
+int cudaLaunchKernel(const void* stub, Dim3 grid, Dim3 block, void** arguments, size_t shared_bytes,
+                     void* stream) {
   return __cudaLaunchKernel(function_of(stub), grid, block, arguments, shared_bytes, stream);
 }
 
@@ -258,8 +254,7 @@ int cudaGetSymbolAddress(void** address, const void* symbol) {
   const Image* image = image_of(*v.binary, v.name);
   if (!image) return kNoKernelImageForDevice;
   uint64_t at = 0;
-  const int error =
-      hooks()->variable(image->text.data(), image->text.size(), v.name.c_str(), &at);
+  const int error = hooks()->variable(image->text.data(), image->text.size(), v.name.c_str(), &at);
   if (error) return remember(error);
   *address = reinterpret_cast<void*>(at);
   return kSuccess;
