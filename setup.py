@@ -1,9 +1,9 @@
 """Builds the compiled parts without torch: plain C++ with pybind11, objects in parallel by ninja.
 
-llmkern._C_cpu holds the CPU kernels, llmkern._C_emulator executes PTX on the CPU. CPU kernel sources are compiled once per instruction set, each into a namespace of its own; the
-extension picks one at run time. OpenMP is compiled in but not linked: at load,
-llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has mapped already,
-whatever its file is called there.
+llmkern._C_cpu holds the CPU kernels. Their sources are compiled once per instruction set, each
+into a namespace of its own; the extension picks one at run time. OpenMP is compiled in but not
+linked: at load, llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has
+mapped already, whatever its file is called there. llmkern._C_emulator executes PTX on the CPU.
 
 Environment: LLMKERN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; CXX,
 CXXFLAGS.

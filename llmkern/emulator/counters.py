@@ -52,22 +52,15 @@ class Counters:
     by_source: dict[str, Sums] = field(default_factory=dict)
     by_line: dict[tuple[int, str], Sums] = field(default_factory=dict)
 
-    def add_launch(self, rows: Iterable[tuple]) -> None:
-        self.launches += 1
+    def add_launches(self, launches: int, rows: Iterable[tuple]) -> None:
+        """Rows of Program.rows(), of so many launches together."""
+        self.launches += launches
         for kind, line, text, source, *counts in rows:
             sums = Sums(*counts)
             self.total.add(sums)
             self.by_class.setdefault(kind, Sums()).add(sums)
             self.by_source.setdefault(source, Sums()).add(sums)
             self.by_line.setdefault((line, text), Sums()).add(sums)
-
-    def add(self, other: "Counters") -> None:
-        self.launches += other.launches
-        self.total.add(other.total)
-        for name in ("by_class", "by_source", "by_line"):
-            mine = getattr(self, name)
-            for key, sums in getattr(other, name).items():
-                mine.setdefault(key, Sums()).add(sums)
 
     @property
     def warp_instructions(self) -> int:
