@@ -9,7 +9,7 @@ REPORTS ?= reports
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml tools/cuda_build.py
 INSTALLED := $(VENV)/.requirements
 BUILT := $(VENV)/.built
 
@@ -47,13 +47,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@if command -v clang-format >/dev/null; then \
-		git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format --dry-run -Werror; \
+		git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs clang-format --dry-run -Werror; \
 	else echo "clang-format is not here: C++ formatting was not checked"; fi
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs clang-format -i
 
 clean:
 	rm -rf build dist $(VENV) $(REPORTS) *.egg-info llmkern/*.so

@@ -1,12 +1,16 @@
 """Builds the compiled parts without torch: plain C++ with pybind11, objects in parallel by ninja.
 
-llmkern._C_cpu holds the CPU kernels. Their sources are compiled once per instruction set, each
-into a namespace of its own; the extension picks one at run time. OpenMP is compiled in but not
-linked: at load, llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has
-mapped already, whatever its file is called there. llmkern._C_emulator executes PTX on the CPU.
+llmkern._C_cpu holds the CPU kernels; its sources are compiled once per instruction set, each into a
+namespace of its own, and it picks one at run time. OpenMP is compiled in but not linked: at load,
+llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has mapped already,
+whatever its file is called there. llmkern._C_emulator executes PTX on the CPU; beside it lies the
+stand-in for libcudart.so.13 that brings it the launches of libraries built by nvcc.
+llmkern._C_cuda and llmkern._C_cuda_emulated hold the CUDA kernels, where there is an nvcc
+(tools/cuda_build.py).
 
-Environment: LLMKERN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; CXX,
-CXXFLAGS.
+Environment: LLMKERN_CUDA, LLMKERN_CUDA_ARCHS, CUDA_HOME (tools/cuda_build.py); CXX, CXXFLAGS;
+LLMKERN_SANITIZE=1 builds all but the CUDA part with AddressSanitizer and
+UndefinedBehaviorSanitizer.
 """
 
 import os
@@ -21,8 +25,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_build  # noqa: E402
+
 CPU = Path("csrc/cpu")
 EMULATOR = Path("csrc/emulator")
+CUDART = EMULATOR / "cudart"
+CUDART_NAME = "libcudart.so.13"
 KERNEL_SOURCES = "attention_bwd attention_fwd elementwise gemm linear norm probe".split()
 BF16_SOURCES = ["probe"]  # those with kernels in LLMKERN_CPU_BF16_KERNELS (kernel_list.h)
 X86_FLAGS = {
@@ -85,7 +95,16 @@ def emulator_objects() -> list[tuple[str, Path, list[str]]]:
     return [(p.stem, p, own) for p in sorted((ROOT / EMULATOR).glob("*.cpp"))]
 
 
+def cudart_objects() -> list[tuple[str, Path, list[str]]]:
+    own = optimised("-O2", "-fvisibility=default")
+    return [(f"cudart_{p.stem}", p, own) for p in sorted((ROOT / CUDART).glob("*.cpp"))]
+
+
 OBJECTS = {"llmkern._C_cpu": cpu_objects, "llmkern._C_emulator": emulator_objects}
+# Not checked here: setup.py also runs to ask what the build requires.
+TOOLKIT = cuda_build.wanted()
+CUDA_MODULE = "llmkern._C_cuda"
+CUDA_EMULATED = "_C_cuda_emulated" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
 def ninja_path(path: Path) -> str:
@@ -106,18 +125,50 @@ def write_ninja(name: str, build_dir: Path, output: Path) -> None:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx {shlex.join(link)} $in -o $out",
+        f"  command = $cxx {shlex.join(link)} $options $in -o $out",
     ]
-    names = []
-    for stem, source, extra in OBJECTS[name]():
-        lines.append(f"build {stem}.o: compile {ninja_path(source.resolve())}")
-        lines.append(f"  extra = {shlex.join(extra)}")
-        names.append(f"{stem}.o")
-    lines.append(f"build {ninja_path(output.resolve())}: link {' '.join(names)}")
+    if name == CUDA_MODULE:
+        emulated = output.with_name(CUDA_EMULATED)
+        lines += cuda_build.ninja_lines(ROOT, TOOLKIT, output, emulated, ninja_path)
+    else:
+        lines += linked(output, OBJECTS[name](), "")
+    if name == "llmkern._C_emulator":
+        exports = ROOT / CUDART / "exports.map"
+        options = f"-Wl,-soname,{CUDART_NAME} -Wl,--version-script={shlex.quote(str(exports))}"
+        lines += linked(output.with_name(CUDART_NAME), cudart_objects(), options)
     (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
+def linked(output: Path, objects: list[tuple[str, Path, list[str]]], options: str) -> list[str]:
+    """Ninja's lines for one shared library."""
+    lines = []
+    for stem, source, extra in objects:
+        lines.append(f"build {stem}.o: compile {ninja_path(source.resolve())}")
+        lines.append(f"  extra = {shlex.join(extra)}")
+    names = " ".join(f"{stem}.o" for stem, _, _ in objects)
+    lines.append(f"build {ninja_path(output.resolve())}: link {names}")
+    lines.append(f"  options = {options}")
+    return lines
+
+
 class NinjaBuildExt(build_ext):
+    def beside(self) -> list[Path]:
+        """Libraries that come with an extension without being one to setuptools."""
+        names = [CUDART_NAME, *([CUDA_EMULATED] if TOOLKIT else [])]
+        return [Path(self.build_lib) / "llmkern" / name for name in names]
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for built in self.beside():
+            self.copy_file(str(built), str(ROOT / "llmkern" / built.name))
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), *map(str, self.beside())]
+
+    def build_extensions(self) -> None:
+        cuda_build.check(TOOLKIT)
+        super().build_extensions()
+
     def build_extension(self, ext: Extension) -> None:
         build_dir = Path(self.build_temp).resolve() / ext.name
         if os.environ.get("LLMKERN_SANITIZE") == "1":
@@ -132,6 +183,8 @@ class NinjaBuildExt(build_ext):
 
 
 setup(
-    ext_modules=[Extension(name, sources=[]) for name in OBJECTS],
+    ext_modules=[
+        Extension(name, sources=[]) for name in (*OBJECTS, *([CUDA_MODULE] if TOOLKIT else []))
+    ],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -1,5 +1,6 @@
 """Fused attention, norm and GEMM kernels for PyTorch Transformers, as drop-in torch.nn modules."""
 
+import importlib
 import types
 
 from llmkern import backends, dispatch, functional, nn
@@ -34,3 +35,10 @@ class _CallablePackage(types.ModuleType):
 
 
 backends.__class__ = _CallablePackage
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    """`llmkern.emulator` is loaded when it is asked for: training needs none of it."""
+    if name == "emulator":
+        return importlib.import_module("llmkern.emulator")
+    raise AttributeError(f"module 'llmkern' has no attribute {name!r}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import llmkern
-from llmkern.bench import command, gate, registry
+from llmkern.bench import command, gate, kernel_table, registry
 from llmkern.bench.suites import kernels
 from llmkern.errors import LlmkernError
 
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_check(commands)
     _add_explain(commands)
+    kernel_table.add_parser(commands)
     return made
 
 
@@ -75,7 +76,10 @@ def check_command(arguments: argparse.Namespace) -> int:
     device = registry.device_of(arguments.device)
     failures = 0
     cases = [case for dtype in arguments.dtype for case in kernels.check(dtype)]
-    for case in registry.select(cases, arguments.filter):
+    cases = registry.select(cases, arguments.filter)
+    if not cases:
+        return _no_case(arguments.filter)
+    for case in cases:
         tensors = registry.inputs_of(case, device)
         try:
             verdict = gate.check(case, tensors, backend=arguments.backend)
@@ -92,6 +96,11 @@ def check_command(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def _no_case(words: str) -> int:
+    print(f"no case matches {words!r}", file=sys.stderr)
+    return 2
+
+
 def _add_explain(commands: argparse._SubParsersAction) -> None:
     explain = commands.add_parser(
         "explain",
@@ -106,8 +115,7 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
 def explain_command(arguments: argparse.Namespace) -> int:
     cases = registry.select(kernels.default(arguments.dtype), arguments.filter)
     if not cases:
-        print(f"no case matches {arguments.filter!r}", file=sys.stderr)
-        return 2
+        return _no_case(arguments.filter)
     device = registry.device_of(arguments.device)
     for case in cases:
         tensors = registry.inputs_of(case, device)

@@ -3,8 +3,9 @@
 A call is described by its op's name and spec. Backends are asked in the order of BACKENDS; the
 first whose `supports(spec)` returns None serves. `use_backend` or an op's `backend=` argument name
 one: if that one cannot serve, BackendError is raised, whatever the policy. The fallback policy is
-about calls for which nobody named a backend and the device's fused backend says no: "error", "warn"
-or "silent" (the default is "warn"); each fallback is counted in `fallbacks()`.
+about calls for which nobody named a backend and that only the reference serves, where the device
+has fused backends: "error", "warn" or "silent" (the default is "warn"); each fallback is counted in
+`fallbacks()`.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import contextvars
 import importlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,9 +29,17 @@ BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")
 NAMES = ("cpu", "triton", "cuda", "reference")
 POLICIES = ("error", "warn", "silent")
 
-_preferred: contextvars.ContextVar[str | None] = contextvars.ContextVar("preferred", default=None)
-_policy: contextvars.ContextVar[str] = contextvars.ContextVar("policy", default="warn")
-_records: contextvars.ContextVar[list | None] = contextvars.ContextVar("records", default=None)
+
+class _Settings(NamedTuple):
+    """What the context managers below set."""
+
+    preferred: str | None = None
+    policy: str = "warn"
+    records: list | None = None
+
+
+_DEFAULTS = _Settings()
+_settings: contextvars.ContextVar[_Settings] = contextvars.ContextVar("settings", default=_DEFAULTS)
 _fallbacks: Counter[str] = Counter()
 _choices: dict[tuple, ModuleType] = {}
 _fused: dict[str, bool] = {}
@@ -50,13 +59,19 @@ def check_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Every llmkern call inside runs on backend `name`, one of NAMES, or raises."""
-    token = _preferred.set(check_name(name))
+def _set(**changed) -> Iterator[None]:
+    token = _settings.set(_settings.get()._replace(**changed))
     try:
         yield
     finally:
-        _preferred.reset(token)
+        _settings.reset(token)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every llmkern call inside runs on backend `name`, one of NAMES, or raises."""
+    with _set(preferred=check_name(name)):
+        yield
 
 
 @contextlib.contextmanager
@@ -64,11 +79,8 @@ def fallback_policy(policy: str) -> Iterator[None]:
     """What happens inside when no fused backend serves a call: "error", "warn" or "silent"."""
     if policy not in POLICIES:
         raise BackendError(f"fallback policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-    token = _policy.set(policy)
-    try:
+    with _set(policy=policy):
         yield
-    finally:
-        _policy.reset(token)
 
 
 def fallbacks() -> dict[str, int]:
@@ -80,11 +92,8 @@ def fallbacks() -> dict[str, int]:
 def recording() -> Iterator[list[tuple[str, tuple, Decision]]]:
     """Collects (op, spec, decision) of every call resolved inside."""
     records: list[tuple[str, tuple, Decision]] = []
-    token = _records.set(records)
-    try:
+    with _set(records=records):
         yield records
-    finally:
-        _records.reset(token)
 
 
 def module_of(backend: str, op: str) -> ModuleType | None:
@@ -112,7 +121,7 @@ def decide(op: str, spec: tuple, backend: str | None = None) -> Decision:
     Raises:
         BackendError: the backend that was named cannot serve, or none can.
     """
-    named = check_name(backend) if backend is not None else _preferred.get()
+    named = check_name(backend) if backend is not None else _settings.get().preferred
     device = spec.device
     candidates = (named,) if named is not None else BACKENDS.get(device, ("reference",))
     rejected = []
@@ -127,23 +136,61 @@ def decide(op: str, spec: tuple, backend: str | None = None) -> Decision:
 
 def resolve(op: str, spec: tuple, backend: str | None = None) -> ModuleType:
     """The backend module that serves the call; counts and reports a fallback."""
-    key = (op, spec, backend, _preferred.get(), target.emulated())
-    records = _records.get()
-    if records is None:
+    settings = _settings.get()
+    key = (op, spec, backend, settings.preferred, target.emulated())
+    if settings.records is None:
         module = _choices.get(key)
         if module is not None:
             return module
     decision = decide(op, spec, backend)
-    if records is not None:
-        records.append((op, spec, decision))
+    if settings.records is not None:
+        settings.records.append((op, spec, decision))
     module = module_of(decision.backend, op)
-    if decision.rejected:
+    if decision.rejected and decision.backend == "reference":
         _report_fallback(op, decision)
-    elif len(_choices) < 4096:  # specs hold sizes: a stream of new ones must not grow it for ever
-        _choices[key] = module
     else:
-        _choices.clear()
+        if len(_choices) >= 4096:  # specs hold sizes: new ones must not make it grow for ever
+            _choices.clear()
+        _choices[key] = module
     return module
+
+
+class Choice:
+    """`resolve` of one call that is made again and again.
+
+    The answer is kept while no context manager of this module and no emulated device has come or
+    gone: comparing that is cheaper than hashing a spec. Fallbacks and recorded calls are resolved
+    each time, because each is counted.
+    """
+
+    __slots__ = ("op", "spec", "backend", "_kept")
+
+    def __init__(self, op: str, spec: tuple, backend: str | None) -> None:
+        self.op, self.spec, self.backend = op, spec, backend
+        self._kept: tuple = (None, None, None, None)
+
+    def module(self) -> ModuleType:
+        """The backend module that serves the call now."""
+        settings, emulated = _settings.get(), target.emulated()
+        kept = self._kept  # one tuple: other threads, with other settings, replace it whole
+        if kept[0] is settings and kept[1] == emulated and kept[2] is _choices:
+            return kept[3]
+        module = resolve(self.op, self.spec, self.backend)
+        key = (self.op, self.spec, self.backend, settings.preferred, emulated)
+        if settings.records is None and _choices.get(key) is module:
+            self._kept = (settings, emulated, _choices, module)
+        return module
+
+
+def foresee(op: str, describe: Callable[[], tuple], backend: str | None) -> None:
+    """Record, where `recording` is on, how a call on fake tensors would be decided.
+
+    `describe` gives the spec. A compiler's tracing is no call and records nothing.
+    """
+    records = _settings.get().records
+    if records is not None and torch._guards.TracingContext.try_get() is None:
+        spec = describe()
+        records.append((op, spec, decide(op, spec, backend)))
 
 
 class BackendStatus(NamedTuple):
@@ -205,8 +252,8 @@ has_fused._dynamo_marked_constant = True  # what torch.compiler.assume_constant_
 
 
 def _report_fallback(op: str, decision: Decision) -> None:
-    name, reason = decision.rejected[0]
-    policy = _policy.get()
+    name, reason = decision.rejected[-1]  # the last fused backend that was asked
+    policy = _settings.get().policy
     message = f"{op}: {name} cannot serve this call ({reason}); {decision.backend} serves it"
     if policy == "error":
         raise BackendError(message)

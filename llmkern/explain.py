@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from llmkern import cost, dispatch
+from llmkern import cards, cost, dispatch
 
 
 class OpReport(NamedTuple):
@@ -16,6 +16,8 @@ class OpReport(NamedTuple):
     rejected: tuple[tuple[str, str], ...]  # (backend, why not)
     flops: int
     bytes: int
+    forward_bounds: tuple[cards.Bound, ...]  # the least time by each card's data sheet
+    backward_bounds: tuple[cards.Bound, ...]
 
 
 class Explanation(NamedTuple):
@@ -31,9 +33,19 @@ class Explanation(NamedTuple):
             lines.append(f"{op.op}: {op.backend}, {op.detail}")
             lines += [f"  passed over {name}: {reason}" for name, reason in op.rejected]
             lines.append(f"  {op.flops / 1e9:.4g} GFLOP, {op.bytes / 1e6:.4g} MB at the least")
+            lines.append("  a bound from data sheets, not a measurement; forward / backward, us:")
+            lines.append(f"    {_bounds(op)}")
             fields = ", ".join(f"{k}={v}" for k, v in op.spec._asdict().items())
             lines.append(f"  {fields}")
         return "\n".join(lines)
+
+
+def _bounds(op: OpReport) -> str:
+    pairs = zip(op.forward_bounds, op.backward_bounds, strict=True)
+    return ", ".join(
+        f"{forward.card} {forward.seconds * 1e6:.3g} / {backward.seconds * 1e6:.3g}"
+        for forward, backward in pairs
+    )
 
 
 def explain(function: Callable, *args, **kwargs) -> Explanation:
@@ -44,7 +56,8 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
     Returns:
         Explanation: per op the backend that served, the ones passed over with the reason, the
-        runtime it uses, FLOPs and minimum bytes (every input read once, every output written once).
+        runtime it uses, FLOPs and minimum bytes (every input read once, every output written once),
+        and the least time that these allow on the GPUs of llmkern/cards.py.
 
     Raises:
         Whatever the call itself raises.
@@ -55,6 +68,14 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
 
 def _report(op: str, spec: tuple, decision: dispatch.Decision) -> OpReport:
-    flops, nbytes = cost.of(op, spec)
-    detail = dispatch.status(decision.backend).detail
-    return OpReport(op, decision.backend, detail, spec, decision.rejected, flops, nbytes)
+    forward, backward = cost.of(op, spec), cost.backward(op, spec)
+    return OpReport(
+        op,
+        decision.backend,
+        dispatch.status(decision.backend).detail,
+        spec,
+        decision.rejected,
+        *forward,
+        cost.bounds(op, spec, forward),
+        cost.bounds(op, spec, backward),
+    )

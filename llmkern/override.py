@@ -131,6 +131,10 @@ def _dropout(input, p=0.5, training=True, inplace=False):
     return functional.dropout(input, p)
 
 
+def _torch_dropout(input, p, train):
+    return _dropout(input, p, train)
+
+
 def _gelu(input, *, approximate="none"):
     _require(input)
     return functional.gelu(input, approximate)
@@ -163,7 +167,8 @@ _ROUTES = {
         ("scaled_dot_product_attention", _attention, (F.scaled_dot_product_attention,)),
         ("layer_norm", _layer_norm, (F.layer_norm, torch.layer_norm)),
         ("rms_norm", _rms_norm, (F.rms_norm, torch.rms_norm)),
-        ("dropout", _dropout, (F.dropout, torch.dropout)),
+        ("dropout", _dropout, (F.dropout,)),
+        ("dropout", _torch_dropout, (torch.dropout,)),
         ("gelu", _gelu, (F.gelu,)),
         ("silu", _silu, (F.silu, torch._C._nn.silu)),
         ("relu", _relu, (F.relu, torch.relu, Tensor.relu)),

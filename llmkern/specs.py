@@ -20,6 +20,7 @@ class NormSpec(NamedTuple):
     dropout_p: float
     keep_z: bool  # the normalised input itself is wanted (prenorm, or saved for backward)
     x_dtype: torch.dtype  # dtype, or 16-bit beside a float32 residual
+    keep_statistics: bool = True  # False: forward may give None, and backward gets what it gave
 
 
 UNBOUNDED = 1 << 62  # of AttentionSpec.left and right: no limit

@@ -1,11 +1,34 @@
 """Shared fixtures: every op test runs on every backend that is here, with torch.empty filled with
-NaN."""
+NaN.
+
+The GPU backends, triton and cuda, run in llmkern's emulator (sm_80) with all its checks on: a race
+or an access out of bounds fails the test. LLMKERN_TEST_INTERPRETER=1 runs triton under Triton's own
+interpreter instead. Markers for them, thousands of times slower than a GPU either way:
+    light(name=[values ...])  parameters with which they take part in the short run; others are slow
+    computes_in(dtype, ...)   dtypes that the test uses besides its parameters
+    without(backend, reason)  the test is not for this backend
+"""
+
+import contextlib
+import os
 
 import pytest
 import torch
 
-from llmkern import dispatch
+from llmkern import dispatch, emulator
 from llmkern.backends.cpu import _ext
+from llmkern.backends.cuda import _ext as cuda_ext
+from llmkern.backends.triton import _launch
+
+GPU_BACKENDS = ("triton", "cuda")
+INTERPRETED = os.environ.get("LLMKERN_TEST_INTERPRETER") == "1"
+
+if INTERPRETED and _launch.version() is not None:
+    # Before a kernel is imported: it is what makes the triton backend serve CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.put_right()
 
 
 def _poisoned(allocate):
@@ -27,10 +50,75 @@ def poisoned_empty(request, monkeypatch):
             monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
 
 
-@pytest.fixture(params=["reference", "cpu"])
+def pytest_collection_modifyitems(items):
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") not in GPU_BACKENDS:
+            continue
+        for marker in item.iter_markers("light"):
+            if any(parameters[name] not in values for name, values in marker.kwargs.items()):
+                item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(params=["reference", "cpu", *GPU_BACKENDS])
 def backend(request):
     """Name of a backend; calls inside the test that name none run on it."""
-    if request.param == "cpu" and _ext.load().module is None:
+    name = request.param
+    if name == "cpu" and _ext.load().module is None:
         pytest.fail(f"the cpu extension must be built for the tests: {_ext.load().reason}")
-    with dispatch.use_backend(request.param):
-        yield request.param
+    for marker in request.node.iter_markers("without"):
+        if marker.args[0] == name:
+            pytest.skip(marker.args[1])
+    if name not in GPU_BACKENDS:
+        with dispatch.use_backend(name):
+            yield name
+        return
+    with gpu(name):
+        reason = _gpu_lacks(request, name)
+        if reason:
+            pytest.skip(reason)
+        _skip_what_is_refused(request.getfixturevalue("monkeypatch"), name)
+        with dispatch.use_backend(name):
+            yield name
+
+
+def _skip_what_is_refused(monkeypatch, name: str) -> None:
+    """A GPU backend may leave some calls to another: `supports` says which, and so does the skip."""
+    refusal = dispatch.refusal
+
+    def ask(backend, op, spec):
+        reason = refusal(backend, op, spec)
+        if reason is not None and backend == name:
+            pytest.skip(f"{name}: {reason}")
+        return reason
+
+    monkeypatch.setattr(dispatch, "refusal", ask)
+
+
+def gpu(name: str) -> contextlib.AbstractContextManager:
+    """Where CPU tensors can be served by a GPU backend."""
+    if name == "triton" and INTERPRETED:
+        return contextlib.nullcontext()
+    return emulator.device("sm_80")
+
+
+@pytest.fixture
+def emulated_triton():
+    """For tests of the triton kernels alone, wherever they call them."""
+    with gpu("triton"):
+        yield
+
+
+def _gpu_lacks(request, name: str) -> str | None:
+    """Why the test's op, or a dtype that it uses, is not for this GPU backend here."""
+    lacking = (cuda_ext if name == "cuda" else _launch).unavailable("cpu")
+    if lacking:
+        return lacking
+    op = request.node.path.stem.removeprefix("test_").split("_")[0]
+    if dispatch.module_of(name, op) is None:
+        return f"the {name} backend has no {op}"
+    values = list(request.node.callspec.params.values())
+    for marker in request.node.iter_markers("computes_in"):
+        values += marker.args
+    reasons = [_launch.unsupported(value) for value in values if isinstance(value, torch.dtype)]
+    return next(filter(None, reasons), None)

@@ -287,6 +287,25 @@ def test_compiles_whole(functional):
     torch.testing.assert_close(compiled(idx), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", [None, torch.zeros(8, S, S)], ids=["no mask", "mask of a head"])
+def test_modules_of_torch_compile_whole_in_a_rerouted_model(mask):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerDecoderLayer(E, 4, 16, dropout=0.0, batch_first=True)
+            self.decoder = nn.TransformerDecoder(layer, 1)
+
+        def forward(self, x):
+            y = F.scaled_dot_product_attention(*[x[None, :, None]] * 3)[0, :, 0]
+            return F.silu(self.decoder(x, y, tgt_mask=mask))
+
+    model, x = Model(), torch.randn(2, S, E)
+    expected = model(x)
+    llmkern.accelerate(model, functional=True)
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_model_is_accelerated():
     model = NanoGPT()
     idx = torch.randint(0, 50, (2, S))

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmkern"
 LEAVES = {"specs", "errors", "numerics", "random", "target"}
 OPS = ["norm", "attention", "linear", "dropout", "activation"]
+CUDA_OPS = ["norm", "attention", "linear"]  # the others are left to Triton
 
 # Who may import whom inside the package; a layer may also import itself and the leaves.
 ALLOWED = {
@@ -104,6 +105,7 @@ def test_op_is_present_in_every_room(op):
         f"llmkern/ops/{op}.py",
         f"llmkern/backends/reference/{op}.py",
         f"llmkern/backends/cpu/{op}.py",
+        f"llmkern/backends/triton/{op}.py",
         f"tests/test_{op}.py",
         f"benchmarks/bench_{op}.py",
     ]
@@ -113,7 +115,8 @@ def test_op_is_present_in_every_room(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_backend_modules_have_three_public_functions(op):
-    for backend in ("reference", "cpu"):
+    backends = ("reference", "cpu", "triton", *(["cuda"] if op in CUDA_OPS else []))
+    for backend in backends:
         tree = ast.parse((PACKAGE / "backends" / backend / f"{op}.py").read_text())
         public = {
             node.name
@@ -141,6 +144,15 @@ def test_intrinsics_only_in_simd_and_micro_kernels():
         if intrinsic.search(f.read_text())
         and f.parent.name != "simd"
         and "microkernel" not in f.name
+    ]
+    assert not wrong, wrong
+
+
+def test_inline_assembly_only_in_ptx_cuh():
+    wrong = [
+        str(f.relative_to(ROOT))
+        for f in _tracked("csrc/cuda/*.cu", "csrc/cuda/*.cuh")
+        if re.search(r"\basm\b", f.read_text()) and f.name != "ptx.cuh"
     ]
     assert not wrong, wrong
 

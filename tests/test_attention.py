@@ -17,6 +17,9 @@ from llmkern.functional import (
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
+# Under Triton's interpreter these are slow; test_triton_attention.py is its short run.
+pytestmark = pytest.mark.light(backend=["reference", "cpu"])
+
 # Blocks are 64 queries x 64..128 keys, register tiles 6 x 16 and 14 x 32: one below, at, one above.
 SIZES = [
     Case(1, 1, 1, 1, 1),
@@ -175,6 +178,7 @@ RANKS = [
 ]
 
 
+@pytest.mark.computes_in(torch.float64)
 @pytest.mark.parametrize("shapes", RANKS, ids=str)
 def test_attention_takes_ranks_and_broadcasts_as_torch(backend, shapes):
     ours_in = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -190,6 +194,7 @@ def test_attention_takes_ranks_and_broadcasts_as_torch(backend, shapes):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.computes_in(torch.float64)
 @pytest.mark.parametrize("heads", [(6, 3, 3), (6, 3, 1), (6, 2, 3), (4, 4, 4), (8, 1, 1)], ids=str)
 @pytest.mark.parametrize("lead", [(), (2,), (2, 2)], ids=str)
 def test_attention_takes_grouped_heads_as_torch(backend, heads, lead):
@@ -287,6 +292,7 @@ def test_attention_gives_only_the_gradients_wanted(backend, wanted):
         assert name not in names or torch.equal(some[name].grad, full[name].grad), name
 
 
+@pytest.mark.computes_in(torch.float64)
 @pytest.mark.parametrize("outputs", ["out", "lse"])
 def test_attention_backward_of_one_output(backend, outputs):
     case = Case(2, 2, 9, 11, 8, sinks=True)

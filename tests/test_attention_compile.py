@@ -20,6 +20,9 @@ sdpa = scaled_dot_product_attention
 PLAIN = (0.3, 0.0, 0, UNBOUNDED, UNBOUNDED, 0.0, None)
 RICH = (0.3, 2.0, 1, 5, 2, 0.3, None)
 
+# Under Triton's interpreter these are slow; test_triton_attention.py is its short run.
+pytestmark = pytest.mark.light(backend=["reference", "cpu"])
+
 
 class _Tagged(torch.Tensor):
     """A subclass that adds nothing: calls on it go through the dispatcher."""
@@ -80,6 +83,7 @@ def test_attention_fake_has_the_strides_of_the_real(backend, kind, dtype):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
+@pytest.mark.computes_in(torch.float64)
 def test_attention_gradcheck(backend):
     q, k, v = (
         randn(2, h, n, d, dtype=torch.float64) for h, n, d in ((4, 5, 6), (2, 7, 6), (2, 7, 3))
@@ -99,6 +103,7 @@ def test_attention_gradcheck(backend):
     assert torch.autograd.gradcheck(call, (q, k, v, bias), fast_mode=True)
 
 
+@pytest.mark.computes_in(torch.float64)
 def test_attention_gradcheck_packed(backend):
     qkv = randn(2, 5, 3, 2, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(
@@ -108,6 +113,7 @@ def test_attention_gradcheck_packed(backend):
     assert torch.autograd.gradcheck(attention_kvpacked, (q, kv), fast_mode=True)
 
 
+@pytest.mark.computes_in(torch.float64)
 def test_attention_second_derivative(backend):
     """create_graph differentiates the reference formula, masks and dropout included."""
     q, k, v = (randn(1, h, n, 3, dtype=torch.float64) for h, n in ((2, 3), (1, 4), (1, 4)))
@@ -122,6 +128,7 @@ def test_attention_second_derivative(backend):
     assert torch.autograd.gradgradcheck(call, (q, k, v, bias), fast_mode=True)
 
 
+@pytest.mark.computes_in(torch.float64)
 def test_attention_second_derivative_where_the_first_is_a_constant(backend):
     """The incoming gradient is a constant, but the gradient of q depends on q, k and v."""
     q, k, v = (randn(2, 2, n, 8, dtype=torch.float64) for n in (5, 7, 7))
@@ -317,4 +324,4 @@ def test_attention_names_the_backend_that_runs():
     for name in ("reference", "cpu"):
         torch.testing.assert_close(sdpa(q, q, q, backend=name), sdpa(q, q, q))
     with pytest.raises(llmkern.errors.BackendError, match="attention: no backend serves"):
-        sdpa(q, q, q, backend="triton")
+        sdpa(q, q, q, backend="cuda")

@@ -216,6 +216,23 @@ def test_what_is_hidden_never_meets_a_nan(kind, place, value, dtype):
         assert not dk[:, :, 97].any() and not dv[:, :, 97].any()
 
 
+@pytest.mark.parametrize("place", ("k", "v"))
+@pytest.mark.parametrize("shape", ((1, 1, 1, 32), (1, 1, 1, 1), (1, 1, 6, 1)), ids=str)
+def test_bias_gradient_never_meets_a_nan_that_the_window_hides(shape, place):
+    """6 queries leave lanes idle, and 8 keys a step begin before the window does."""
+    q, k, v = (torch.randn(1, 1, n, 8) for n in (6, 32, 32))
+    bias = torch.randn(shape)
+    results = []
+    for value in (0.0, math.nan):
+        {"k": k, "v": v}[place][:, :, 24:26] = value
+        leaf = bias.clone().requires_grad_()
+        out = functional.scaled_dot_product_attention(
+            q, k, v, leaf, window=(0, 0), causal_align="bottom_right", backend="cpu"
+        )
+        results.append(torch.autograd.grad(out.square().sum(), leaf)[0])
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1000, 3000), (3, 4, 2, 700, 700), (1, 24, 24, 70, 70)])
 def test_gradients_do_not_depend_on_threads(sizes, dtype):

@@ -1,6 +1,7 @@
 """Attention masks: what a query sees, what it never sees, and gradients of biases."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -11,10 +12,14 @@ from llmkern.functional import scaled_dot_product_attention
 
 NAN, INF = float("nan"), math.inf
 
+# Under Triton's interpreter these are slow; test_triton_attention.py is its short run.
+pytestmark = pytest.mark.light(backend=["reference", "cpu"])
+
 MASK_SHAPES = [(1, 1), (20, 1), (1, 70), (20, 70), (3, 1, 70), (3, 20, 70), (2, 1, 1, 70),
                (1, 3, 1, 1), (2, 1, 20, 1), (2, 3, 20, 70)]  # fmt: skip
 
 
+@pytest.mark.computes_in(torch.float64)
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float64", "float32"])
 def test_attention_mask_broadcasts_as_torch(backend, shape, kind):
@@ -77,6 +82,13 @@ def test_attention_mask_layouts(backend, layout, kind):
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), want)
 
 
+def test_attention_bias_that_is_a_view_to_be_negated(backend):
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
+    bias = torch.randn(5, 7, dtype=torch.complex64).conj().imag
+    out = scaled_dot_product_attention(q, k, v, bias)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, bias.resolve_neg()))
+
+
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (1, 3)], ids=str)
 def test_attention_masks_follow_leading_dims(backend, lead):
     q = torch.randn(*lead, 2, 5, 8)
@@ -131,6 +143,14 @@ def test_attention_window(backend, left, right):
     )
     out = scaled_dot_product_attention(q, k, v, window=(left, right), causal_align="bottom_right")
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, seen))
+
+
+@pytest.mark.parametrize("wide", [2**31, 2**62, sys.maxsize, 2**64])
+def test_attention_window_of_any_size_is_no_limit(backend, wide):
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    for align in ("top_left", "bottom_right"):
+        out = scaled_dot_product_attention(q, k, v, window=(wide, wide), causal_align=align)
+        assert torch.equal(out, scaled_dot_product_attention(q, k, v))
 
 
 def test_attention_alibi_equals_its_bias(backend):

@@ -17,6 +17,9 @@ from llmkern.functional import scaled_dot_product_attention
 
 sdpa = scaled_dot_product_attention
 
+# Under Triton's interpreter these are slow; test_triton_attention.py is its short run.
+pytestmark = pytest.mark.light(backend=["reference", "cpu"])
+
 
 def _everything(b=2, p=0.1):
     return Case(b, 4, 70, 130, 24, g=2, causal=True, align="bottom_right", window=(100, None),
@@ -29,6 +32,7 @@ def _results(tensors, case):
     return [out.detach(), lse.detach(), *gradients([out, lse], inputs_of(tensors, case))]
 
 
+@pytest.mark.without("triton", "its programs do not share threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_attention_is_bitwise_the_same_for_any_thread_count(backend, dtype):
     case = _everything()

@@ -76,6 +76,7 @@ def timed_row(case_id="kernels/a", ours=100.0, eager=200.0, spread=0.01, status=
             store.VariantResult(OURS, timing(ours), 1 << 21),
             store.VariantResult(EAGER, timing(eager), 1 << 22),
             store.VariantResult("oneDNN", reason="cannot"),
+            store.VariantResult("torch flash", timing(eager), note="leaves <dropout> out"),
         ],
     )
 
@@ -322,6 +323,13 @@ def test_html_is_self_contained_and_escapes():
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
     assert "<b>&label" not in page and "&lt;b&gt;&amp;label" in page
+    assert "leaves &lt;dropout&gt; out" in page
+
+
+def test_notes_name_each_variant_that_does_other_work_once():
+    from llmkern.bench import text
+
+    assert text.notes(full_run().rows) == ["torch flash: leaves <dropout> out"]
 
 
 def test_html_of_an_empty_run_renders():
@@ -451,6 +459,7 @@ def test_bad_arguments_are_usage_errors(words):
 
 def test_a_device_that_is_not_here_is_named(capsys):
     assert cli.main(["check", "--filter", "layer_norm", "--device", "nonsense"]) == 2
+    assert cli.main(["check", "--filter", "nonsense"]) == 2  # not "all passed"
     assert "nonsense" in capsys.readouterr().err
 
 

@@ -27,6 +27,8 @@ SIZES = [
     (4, 64, 513),
     (130, 48, 770),
 ]
+LIGHT_SIZES = [(1, 1, 1), (15, 33, 127), (97, 101, 103), (1, 257, 300)]
+LIGHT_DTYPES = [torch.float32, torch.bfloat16]
 
 
 def _activate(z, activation):
@@ -62,6 +64,7 @@ def _compare(ours, theirs, tensors, dtype, name):
         check_rule(f"{name}, gradient {index}", *triple)
 
 
+@pytest.mark.light(size=LIGHT_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_linear_matches_fp64(backend, dtype, size):
@@ -71,6 +74,7 @@ def test_linear_matches_fp64(backend, dtype, size):
     )
 
 
+@pytest.mark.light(size=[(33, 70, 40)], dtype=LIGHT_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 @pytest.mark.parametrize("size", [(3, 5, 4), (33, 70, 40)], ids=str)
@@ -86,6 +90,7 @@ def test_linear_activation_matches_fp64(backend, dtype, activation, size):
     _compare(ours, theirs, tensors, dtype, activation)
 
 
+@pytest.mark.light(size=[(29, 66, 40)], dtype=LIGHT_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 @pytest.mark.parametrize("size", [(3, 5, 4), (29, 66, 40), (2, 64, 130)], ids=str)
@@ -101,6 +106,7 @@ def test_gated_matches_fp64(backend, dtype, activation, size):
     _compare(ours, theirs, tensors, dtype, f"gated {activation}")
 
 
+@pytest.mark.computes_in(torch.float64)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(backend, activation):
     tensors = leaves(_inputs(5, 7, 6, torch.float64))
@@ -109,6 +115,7 @@ def test_gradcheck(backend, activation):
     )
 
 
+@pytest.mark.computes_in(torch.float64)
 def test_gated_gradcheck_and_second_derivative(backend):
     tensors = leaves(_inputs(4, 5, 6, torch.float64, gated=True))
     assert torch.autograd.gradcheck(linear_gated, tensors)
@@ -129,6 +136,7 @@ def _layouts():
     yield "permuted three dims", torch.randn(6, 4, 40).permute(1, 0, 2)
 
 
+@pytest.mark.light(name=["transposed", "expanded columns", "permuted three dims"])
 @pytest.mark.parametrize("name,x", list(_layouts()), ids=lambda v: v if isinstance(v, str) else "")
 def test_layouts(backend, name, x):
     for weight_name, w in _layouts():
@@ -155,6 +163,23 @@ def test_empty_sizes(backend, shape):
     dx, dw, db = torch.autograd.grad(y.sum(), (x, w, b))
     assert (dx.shape, dw.shape, db.shape) == (x.shape, w.shape, b.shape)
     assert not dx.isnan().any() and not dw.isnan().any() and not db.isnan().any()
+
+
+def test_views_to_be_negated(backend):
+    """z.conj().imag is one: the numbers in its memory have the other sign."""
+    x, weight = (torch.randn(m, 24, dtype=torch.complex64).conj().imag for m in (5, 7))
+    assert x.is_neg() and weight.is_neg()
+    plain, expected = weight.resolve_neg(), F.linear(x, weight)
+    torch.testing.assert_close(linear(x, plain), expected)
+    torch.testing.assert_close(linear(x.resolve_neg(), weight), expected)
+    leaf, pairs = torch.randn(5, 24, requires_grad=True), torch.randn(5, 7, 2)
+
+    def loss(function):  # its gradient comes to `function` as such a view
+        z = torch.complex(pairs[..., 0], function(leaf, plain)).conj().resolve_conj()
+        return (torch.view_as_real(z) * pairs).sum()
+
+    found, expected = (torch.autograd.grad(loss(f), leaf)[0] for f in (linear, F.linear))
+    torch.testing.assert_close(found, expected)
 
 
 def test_vector_input_and_vector_weight(backend):

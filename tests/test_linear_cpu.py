@@ -92,6 +92,22 @@ def test_products_of_torch_between_our_kernels(monkeypatch, choice, activation):
     )
 
 
+@pytest.mark.parametrize("choice", [tiles.TORCH, tiles.ONEDNN])
+@pytest.mark.parametrize("size", [(9, 5, 0), (9, 0, 5), (0, 5, 9), (1, 6, 7)], ids=str)
+def test_products_of_torch_may_be_empty(monkeypatch, choice, size):
+    monkeypatch.setitem(tiles.GEMM, (_ext.load().module.isa(), torch.float32), choice)
+    m, n, k = size
+    tensors = [torch.randn(m, k), torch.randn(n, k), torch.randn(n)]
+
+    def results(function):
+        inputs = leaves(tensors)
+        y = function(*inputs)
+        return [y, *gradients([y], inputs)]
+
+    for ours, theirs in zip(results(linear), results(F.linear), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_pick_is_defined_for_every_isa_and_dtype():
     for isa in ("scalar", "avx2", "avx512", "avx512_bf16"):
         for dtype in DTYPES:

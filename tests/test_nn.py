@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import pickle
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from modules import check_module, replaced
 from rule import check_rule
 from torch import nn
+from torch.nn.utils import parametrize
 
 import llmkern
 from llmkern.errors import ArgumentError
 from llmkern.nn import REPLACEMENTS
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LEAVES = {
     "layer_norm": lambda: nn.LayerNorm(24),
     "layer_norm_2d": lambda: nn.LayerNorm((3, 24), eps=1e-3),
@@ -184,6 +187,37 @@ def test_inplace_modules_write_in_place():
 def test_tensors_without_a_kernel_go_to_torch(x):
     y, expected = replaced(nn.ReLU())(x), nn.ReLU()(x)
     assert type(y) is type(expected) and y.layout == expected.layout and y.device == x.device
+
+
+@pytest.mark.parametrize("dtypes", itertools.product(DTYPES, DTYPES), ids=str)
+def test_norms_take_the_dtypes_that_torchs_take(dtypes):
+    for theirs in (nn.LayerNorm(8), nn.RMSNorm(8)):
+        x = torch.randn(3, 8).to(dtypes[0])
+        theirs.to(dtypes[1])
+        try:
+            expected = theirs(x)
+        except RuntimeError:
+            continue
+        torch.testing.assert_close(replaced(theirs)(x), expected)
+
+
+@pytest.mark.parametrize("theirs", [nn.Linear(8, 8), nn.LayerNorm(8), nn.RMSNorm(8)])
+def test_a_parametrized_weight_is_computed_once_a_call(theirs):
+    """Some do more than compute: spectral_norm takes a step of its iteration."""
+
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return 2 * weight
+
+    ours = replaced(theirs)
+    counted = Counted()
+    parametrize.register_parametrization(ours, "weight", counted)
+    before = counted.calls
+    ours(torch.randn(3, 8))
+    assert counted.calls == before + 1
 
 
 def test_modules_trace_to_torch_operators():

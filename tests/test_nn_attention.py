@@ -166,6 +166,17 @@ def test_attention_bias_gets_its_gradient():
     check_module(attention(), apply, query, key, value, bias)
 
 
+def test_causal_bias_that_learns_gets_its_gradient():
+    """One that starts at the causal mask is taken for it by the layers, as torch's do."""
+    theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 8, 0.0, batch_first=True), 1)
+    padding = torch.zeros(B, S, dtype=torch.bool)  # with one, torch uses the mask
+
+    def run(module, x, bias):
+        return module(x, bias, src_key_padding_mask=padding)
+
+    check_module(theirs, run, torch.randn(B, S, E), masked(CAUSAL, "float", torch.float32))
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_query_that_sees_no_key_gets_zero(need_weights):
     ours = replaced(attention(bias=False))

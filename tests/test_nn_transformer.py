@@ -197,6 +197,22 @@ def test_subclass_with_its_own_block_keeps_it():
     torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize("block", ["_sa_block", "_mha_block", "_ff_block"])
+@pytest.mark.parametrize("patched", ["instance", "class"])
+def test_patched_block_is_called(block, patched, monkeypatch):
+    """People patch a block, e.g. to have it keep the attention weights."""
+    theirs = nn.TransformerDecoderLayer(E, H, FF, dropout=0.0, batch_first=True)
+    if block != "_mha_block":
+        theirs = encoder_layer()
+    ours = replaced(theirs)
+    x = [torch.randn(B, S, E)] * (2 if block == "_mha_block" else 1)
+    before = ours(*x)
+    for target in (ours, theirs) if patched == "instance" else (type(theirs),):
+        monkeypatch.setattr(target, block, lambda *_, **__: torch.zeros(B, S, E))
+    torch.testing.assert_close(ours(*x), theirs(*x))
+    assert not torch.allclose(ours(*x), before)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_dropout_keeps_the_expectation(norm_first):
     """Mean of many draws of a layer's first residual block against torch's own mean of draws."""

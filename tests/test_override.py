@@ -41,7 +41,11 @@ CALLS = {
     "gelu": [lambda: F.gelu(X), lambda: F.gelu(X, approximate="tanh")],
     "silu": [lambda: F.silu(X), lambda: torch._C._nn.silu(X)],
     "relu": [lambda: F.relu(X), lambda: torch.relu(X), lambda: X.relu()],
-    "dropout": [lambda: F.dropout(X, 0.0), lambda: torch.dropout(X, 0.0, True)],
+    "dropout": [
+        lambda: F.dropout(X, 0.0),
+        lambda: torch.dropout(X, 0.0, True),
+        lambda: torch.dropout(X, p=0.0, train=True),
+    ],
 }
 
 

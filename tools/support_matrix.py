@@ -28,7 +28,7 @@ DTYPES = {
     torch.float16: "fp16",
     torch.float64: "fp64",
 }
-BACKENDS = ("cpu", "reference")
+BACKENDS = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "reference": "cpu"}  # by device
 
 NORM = NormSpec(
     torch.float32, torch.float32, "cpu", 8, 64, 1e-5,
@@ -86,15 +86,24 @@ FEATURES = {
 def _cell(backend: str, op: str, base: tuple, fields: dict) -> str:
     served, reasons = [], []
     for dtype, name in DTYPES.items():
-        spec = base._replace(dtype=dtype, **fields)
+        spec = base._replace(dtype=dtype, device=BACKENDS[backend], **fields)
         if "weight_dtype" in spec._fields:
-            spec = spec._replace(weight_dtype=dtype)
+            spec = spec._replace(weight_dtype=dtype, x_dtype=dtype)
         reason = dispatch.refusal(backend, op, spec)
         if reason is None:
             served.append(name)
         elif reason not in reasons:
             reasons.append(reason)
-    return "; ".join([" ".join(served)] * bool(served) + reasons)
+    return " ".join(served) or "; ".join(reasons)
+
+
+def missing() -> str | None:
+    """Why the matrix cannot be told here: a backend is not installed."""
+    for backend, device in BACKENDS.items():
+        reason = dispatch.refusal(backend, "norm", NORM._replace(device=device))
+        if reason is not None:
+            return f"{backend}: {reason}"
+    return None
 
 
 def table() -> str:
@@ -118,6 +127,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
     options = parser.parse_args()
+    reason = missing()
+    if reason is not None:
+        print(f"the matrix needs every backend, but {reason}", file=sys.stderr)
+        return 2
     text = page_with(table())
     current = text == PAGE.read_text()
     if options.check:

@@ -180,7 +180,7 @@ class BwdBlock {
   }
 
  private:
-  static constexpr int64_t kPanel = Tile<C>::kLanes, kPanels = kBwdQueries / kPanel;
+  static constexpr int64_t kPanel = AttentionTile<C>::kLanes, kPanels = kBwdQueries / kPanel;
   static_assert(kBwdQueries % kPanel == 0, "a block is a whole number of panels");
 
   // A panel of queries against the keys that its band reaches: rows [begin, begin + keys).
@@ -281,7 +281,7 @@ class BwdBlock {
   // most rounding above 0. !kRuled: nothing is hidden, dropped, capped or wanted for dbias.
   template <bool kRuled, int R>
   void element_rows(Elements& at, int64_t r) const {
-    constexpr int kVecs = Tile<C>::kVecs, kL = V::kLanes;
+    constexpr int kVecs = AttentionTile<C>::kVecs, kL = V::kLanes;
     const V hidden = V::set1(static_cast<C>(-HUGE_VAL)), scale = V::set1(static_cast<C>(s_.scale));
     C *score = at.score + r * plan_.lane_ld, *grad = at.grad + r * plan_.lane_ld;
     V p[R * kVecs];
@@ -322,14 +322,16 @@ class BwdBlock {
   // dbias is one number for this head: its gradient is summed over the panel first.
   bool bias_is_one() const { return a_.dbias_stride[2] == 0 && a_.dbias_stride[3] == 0; }
 
-  // Idle lanes hold 0.
+  // Idle lanes are no query's: where a key holds NaN they do too, seen by a query or not.
   void add_bias_gradient(Elements& at, V ds, int64_t r, int v) const {
     const int64_t* stride = a_.dbias_stride;
+    const int64_t first = v * V::kLanes, n = min_of<int64_t>(V::kLanes, at.block.lanes - first);
+    if (n <= 0) return;
+    if (n < V::kLanes) ds = V::keep(V::Mask::first(static_cast<int>(n)), ds);
     if (bias_is_one()) {
       at.bias_sum = at.bias_sum + ds;
       return;
     }
-    const int64_t first = v * V::kLanes, n = min_of<int64_t>(V::kLanes, at.block.lanes - first);
     C* out = at.dbias_at(a_, b_, h_) + first * stride[2] + r * stride[3];
     if (stride[2] == 0) {
       *out += ds.sum();
@@ -372,7 +374,7 @@ class BwdBlock {
       tile_matmul<kOrder>(rows, lanes, depth, weights, lda, b, ldb, AddTo<C>{c, ldc});
       return;
     }
-    constexpr int64_t kStep = Tile<C>::kRows;
+    constexpr int64_t kStep = AttentionTile<C>::kRows;
     for (int64_t m = 0; m < rows; m += kStep) {
       const int64_t count = min_of(kStep, rows - m);
       const Range k = depth_of(Range{m, m + count});

@@ -1,7 +1,7 @@
 // What forward and backward do to a block of scores, always in the transposed orientation: a block
-// is S^T[keys][lanes], a row per key and a query per lane, one panel (Tile<C>::kLanes queries)
-// wide. Visibility is one bit per lane in a uint32_t per key, so the band, masks and dropout are
-// integer work that costs nothing beside the scores.
+// is S^T[keys][lanes], a row per key and a query per lane, one panel (AttentionTile<C>::kLanes
+// queries) wide. Visibility is one bit per lane in a uint32_t per key, so the band, masks and
+// dropout are integer work that costs nothing beside the scores.
 #pragma once
 
 #include "attention_tile.h"
@@ -15,8 +15,9 @@ namespace LLMKERN_ISA {
 
 constexpr uint32_t kAttentionStream = 0x61747465u;
 
-static_assert(Tile<float>::kLanes <= 32, "one uint32_t holds a panel's bits");
-static_assert(Tile<double>::kLanes == VecU::kLanes, "one Philox call serves a double panel");
+static_assert(AttentionTile<float>::kLanes <= 32, "one uint32_t holds a panel's bits");
+static_assert(AttentionTile<double>::kLanes == VecU::kLanes,
+              "one Philox call serves a double panel");
 
 // The first n lanes.
 static inline uint32_t first_bits(int64_t n) {
@@ -94,7 +95,7 @@ static void pack_transposed(const T* src, int64_t stride, int lanes, int64_t dim
   using V = Vec<C>;
   constexpr int kL = V::kLanes;
   const V factor = V::set1(scale);
-  for (int l0 = 0; l0 < Tile<C>::kLanes; l0 += kL) {
+  for (int l0 = 0; l0 < AttentionTile<C>::kLanes; l0 += kL) {
     for (int64_t d = 0; d < dim; d += kL) {
       const int n = static_cast<int>(min_of<int64_t>(kL, dim - d));
       V t[kL];
@@ -232,7 +233,7 @@ static void mask_bits(const uint8_t* mask, int64_t stride_i, int64_t stride_j, c
 template <class T>
 static Seen visible_bits(const AttentionShape& s, const AttentionHead<T>& head, const PanelBlock& p,
                          bool idle, uint32_t* bits) {
-  const uint32_t panel = first_bits(Tile<Compute<T>>::kLanes), live = first_bits(p.lanes);
+  const uint32_t panel = first_bits(AttentionTile<Compute<T>>::kLanes), live = first_bits(p.lanes);
   for (int64_t r = 0; r < p.keys; ++r) bits[r] = live;
   const KeyRange band = band_keys(s, p.i0, p.i0 + p.lanes);
   if (p.j0 < band.all_begin || p.j0 + p.keys > band.all_end) band_bits(s, p, bits);
@@ -259,7 +260,7 @@ template <class T>
 static Seen load_bias(const AttentionHead<T>& head, const PanelBlock& p, Compute<T>* tile) {
   using C = Compute<T>;
   using V = Vec<C>;
-  constexpr int kL = V::kLanes, kLanes = Tile<C>::kLanes;
+  constexpr int kL = V::kLanes, kLanes = AttentionTile<C>::kLanes;
   const V hidden = V::set1(static_cast<C>(-HUGE_VAL));
   const C* bias = head.bias + p.i0 * head.bias_i + p.j0 * head.bias_j;
   typename V::Mask hides = V::Mask::first(0), shows = hides;
@@ -308,7 +309,7 @@ struct ScoreRules {
   C softcap;  // 0: off
   C slope;    // 0: off
   int64_t shift;
-  const C* bias;         // [keys][Tile<C>::kLanes]
+  const C* bias;         // [keys][AttentionTile<C>::kLanes]
   const uint32_t* bits;  // a hidden score becomes -inf, NaN included
 
   bool none() const { return softcap == C(0) && slope == C(0) && !bias && !bits; }
@@ -319,12 +320,12 @@ template <class C, class F>
 static inline void apply_rules(const ScoreRules<C>& rules, const PanelBlock& p, C* scores,
                                int64_t ld, C* capped, const F& seen) {
   using V = Vec<C>;
-  constexpr int kL = V::kLanes, kLanes = Tile<C>::kLanes;
+  constexpr int kL = V::kLanes, kLanes = AttentionTile<C>::kLanes;
   const V hidden = V::set1(static_cast<C>(-HUGE_VAL));
   C lane_index[kLanes];
   for (int l = 0; l < kLanes; ++l) lane_index[l] = static_cast<C>(l);
   for (int64_t r = 0; r < p.keys; ++r) {
-    for (int v = 0; v < Tile<C>::kVecs; ++v) {
+    for (int v = 0; v < AttentionTile<C>::kVecs; ++v) {
       C* at = scores + r * ld + v * kL;
       V x = V::load(at);
       if (rules.softcap != C(0)) {
@@ -360,7 +361,7 @@ static void keep_bits(const AttentionShape& s, uint32_t bh, const PanelBlock& p,
   const VecU threshold = VecU::set1(s.drop_threshold), low = VecU::set1(0xffffu);
   for (int64_t r0 = 0; r0 < p.keys; r0 += kDecisionsPerCounter) {
     uint32_t row[kDecisionsPerCounter] = {};
-    for (int l0 = 0; l0 < Tile<C>::kLanes; l0 += VecU::kLanes) {
+    for (int l0 = 0; l0 < AttentionTile<C>::kLanes; l0 += VecU::kLanes) {
       const VecU query = VecU::set1(static_cast<uint32_t>(p.i0 + l0)) + VecU::iota();
       VecU c[4] = {VecU::set1(static_cast<uint32_t>((p.j0 + r0) / kDecisionsPerCounter)), query,
                    VecU::set1(bh), VecU::set1(kAttentionStream)};

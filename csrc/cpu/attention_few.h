@@ -9,8 +9,8 @@
 namespace llmkern {
 namespace LLMKERN_ISA {
 
-// A register tile costs the same for 1 query as for Tile<C>::kLanes of them; the cost here grows
-// with the queries.
+// A register tile costs the same for 1 query as for AttentionTile<C>::kLanes of them; the cost here
+// grows with the queries.
 constexpr int kFewQueries = 4;
 
 template <class V, class E>
@@ -23,9 +23,9 @@ template <class C, class E>
 static void few_scores(const E* k, int64_t stride, int64_t keys, const C* q, int queries,
                        int64_t dim, C* scores) {
   using V = Vec<C>;
-  constexpr int kL = V::kLanes, kLanes = Tile<C>::kLanes;
+  constexpr int kL = V::kLanes, kLanes = AttentionTile<C>::kLanes;
   for (int64_t r = 0; r < keys; ++r) {
-    for (int v = 0; v < Tile<C>::kVecs; ++v) V::zero().store(scores + r * kLanes + v * kL);
+    for (int v = 0; v < AttentionTile<C>::kVecs; ++v) V::zero().store(scores + r * kLanes + v * kL);
   }
   for (int64_t r0 = 0; r0 < keys; r0 += kL) {
     const int64_t last = keys - 1 - r0;
@@ -59,7 +59,7 @@ template <class C, class E>
 static void few_values(const E* v, int64_t stride, int64_t keys, const C* probs, int queries,
                        int64_t dim, const C* rescale, C* out, bool started) {
   using V = Vec<C>;
-  constexpr int kL = V::kLanes, kLanes = Tile<C>::kLanes, kSums = 8;
+  constexpr int kL = V::kLanes, kLanes = AttentionTile<C>::kLanes, kSums = 8;
   for (int i = 0; i < queries; ++i) {
     for (int64_t d0 = 0; d0 < dim; d0 += kSums * kL) {
       const int64_t left = dim - d0;

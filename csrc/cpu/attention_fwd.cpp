@@ -3,9 +3,9 @@
 //
 // Scores are kept transposed, S^T[keys][lanes]: queries lie in the vector lanes, so k and v are
 // only ever broadcast (no packing), maxima and sums over keys are vertical, and a panel of
-// Tile<C>::kLanes queries carries its own softmax state and its own causal edge. A task is a few
-// panels of the query heads that share a kv head, so they share its blocks in the cache too. Blocks
-// begin at multiples of kFwdKeys whatever the task: how panels are dealt out changes no bit.
+// AttentionTile<C>::kLanes queries carries its own softmax state and its own causal edge. A task is
+// a few panels of the query heads that share a kv head, so they share its blocks in the cache too.
+// Blocks begin at multiples of kFwdKeys whatever the task: how panels are dealt out changes no bit.
 #include "attention_common.h"
 #include "attention_few.h"
 #include "attention_fwd_plan.h"
@@ -19,7 +19,8 @@ template <class T>
 class Forward {
   using C = Compute<T>;
   using V = Vec<C>;
-  static constexpr int kL = V::kLanes, kVecs = Tile<C>::kVecs, kLanes = Tile<C>::kLanes;
+  static constexpr int kL = V::kLanes, kVecs = AttentionTile<C>::kVecs,
+                       kLanes = AttentionTile<C>::kLanes;
   static constexpr int64_t kPanels = kFwdQueries / kLanes;
   static_assert(kFwdQueries % kLanes == 0, "a task is whole panels");
   static_assert(kFwdKeys % kDecisionsPerCounter == 0, "a key block is whole dropout counters");

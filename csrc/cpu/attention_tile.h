@@ -22,7 +22,7 @@ namespace LLMKERN_ISA {
 enum class AOrder { kRowMajor, kColMajor };
 
 template <class C>
-struct Tile {
+struct AttentionTile {
   static constexpr int kVecs = 2;
   static constexpr int kLanes = kVecs * Vec<C>::kLanes;  // lanes of a panel
   static constexpr int kRows = Vec<float>::kLanes == 16 ? 14 : 6;
@@ -119,7 +119,7 @@ static inline void tile(int64_t depth, const C* a, int64_t lda, const C* b, int6
 // 2 to 6 chains, so it takes rows from the last full tile.
 template <class C>
 static inline int tile_rows(int64_t left) {
-  constexpr int kRows = Tile<C>::kRows, kHalf = kRows == 14 ? 8 : 4;
+  constexpr int kRows = AttentionTile<C>::kRows, kHalf = kRows == 14 ? 8 : 4;
   if (left == kRows || left >= kRows + 4) return kRows;
   if (left >= kHalf) return kHalf;
   return left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -129,7 +129,7 @@ static inline int tile_rows(int64_t left) {
 template <AOrder kOrder, int NV, bool kTail, class C, class Emit>
 static void panel(int64_t rows, int64_t depth, const C* a, int64_t lda, const C* b, int64_t ldb,
                   int tail, const Emit& emit) {
-  constexpr int kRows = Tile<C>::kRows;
+  constexpr int kRows = AttentionTile<C>::kRows;
   int64_t m = 0;
   while (m < rows) {
     const C* am = a + (kOrder == AOrder::kRowMajor ? m * lda : m);
@@ -159,7 +159,7 @@ static void panel(int64_t rows, int64_t depth, const C* a, int64_t lda, const C*
 template <AOrder kOrder, class C, class Emit>
 static inline void tile_matmul(int64_t rows, int64_t lanes, int64_t depth, const C* a, int64_t lda,
                                const C* b, int64_t ldb, const Emit& emit) {
-  constexpr int kLanes = Tile<C>::kLanes, kVec = Vec<C>::kLanes;
+  constexpr int kLanes = AttentionTile<C>::kLanes, kVec = Vec<C>::kLanes;
   int64_t l = 0;
   for (; l + kLanes <= lanes; l += kLanes) {
     panel<kOrder, 2, false>(rows, depth, a, lda, b + l, ldb, 0, emit.shifted(l));

@@ -18,10 +18,12 @@ NormShape shape_of(const py::tuple& t, uintptr_t seed) {
           pointer<const int64_t>(seed)};
 }
 
-// Statistics are [mean, rstd] x rows, or [rstd] x rows for RMSNorm: where each starts.
+// Statistics are [mean, rstd] x rows, or [rstd] x rows for RMSNorm: where each starts. Address 0:
+// there are none.
 struct Statistics {
-  void *mean, *rstd;
+  void *mean = nullptr, *rstd = nullptr;
   Statistics(const NormShape& s, uintptr_t address) {
+    if (!address) return;
     const int64_t bytes = s.rows * (s.dtype == DType::kFloat64 ? 8 : 4);
     mean = s.rms ? nullptr : pointer(address);
     rstd = pointer(s.rms ? address : address + static_cast<uintptr_t>(bytes));

@@ -6,7 +6,7 @@
 
 #include "llmkern/gemm.h"
 #include "simd/activation.h"
-#include "simd/columns.h"
+#include "columns.h"
 #include "simd/dropout.h"
 
 namespace llmkern {

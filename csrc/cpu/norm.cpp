@@ -129,6 +129,20 @@ inline Compute<T> centred_squares(const T* z, int64_t cols, Compute<T> mean) {
   });
 }
 
+template <class T>
+inline Compute<T> row_mean(const NormShape& s, const T* z) {
+  using C = Compute<T>;
+  if (s.rms) return C(0);
+  return row_sum(z, s.cols, [](auto t, auto v, int) { return t + v; }) / static_cast<C>(s.cols);
+}
+
+template <class T>
+inline Compute<T> row_rstd(const NormShape& s, const T* z, Compute<T> mean) {
+  using C = Compute<T>;
+  const C variance = centred_squares(z, s.cols, mean) / static_cast<C>(s.cols);
+  return C(1) / std::sqrt(variance + static_cast<C>(s.eps));
+}
+
 template <bool kStream, class T, class W>
 inline void write_row(int64_t cols, const T* z, Scale<Vec<Compute<T>>, W> scale, const W* bias,
                       T* y, Compute<T> mean, Compute<T> rstd) {
@@ -168,7 +182,6 @@ struct Forward {
 
   template <bool kStream>
   void rows(int64_t begin, int64_t end) const {
-    const C n = static_cast<C>(s.cols);
     const Scale<Vec<C>, W> scale(s, a.weight);
     const W* bias = static_cast<const W*>(a.bias);
     for (int64_t i = begin; i < end; i += kFwdRows) {
@@ -176,17 +189,13 @@ struct Forward {
       const T* z[kFwdRows];
       C mean[kFwdRows], rstd[kFwdRows];
       for (int r = 0; r < count; ++r) z[r] = summed(i + r);
-      for (int r = 0; r < count; ++r)
-        mean[r] =
-            s.rms ? C(0) : row_sum(z[r], s.cols, [](auto t, auto v, int) { return t + v; }) / n;
-      for (int r = 0; r < count; ++r)
-        rstd[r] =
-            C(1) / std::sqrt(centred_squares(z[r], s.cols, mean[r]) / n + static_cast<C>(s.eps));
+      for (int r = 0; r < count; ++r) mean[r] = row_mean(s, z[r]);
+      for (int r = 0; r < count; ++r) rstd[r] = row_rstd(s, z[r], mean[r]);
       for (int r = 0; r < count; ++r) {
         T* y = static_cast<T*>(a.y) + (i + r) * s.cols;
         write_row<kStream>(s.cols, z[r], scale, bias, y, mean[r], rstd[r]);
         if (a.mean) static_cast<C*>(a.mean)[i + r] = mean[r];
-        static_cast<C*>(a.rstd)[i + r] = rstd[r];
+        if (a.rstd) static_cast<C*>(a.rstd)[i + r] = rstd[r];
       }
     }
   }
@@ -216,12 +225,14 @@ struct Backward {
   };
 
   Row row(int64_t i) const {
-    return {static_cast<const T*>(a.z) + i * a.z_stride,
-            static_cast<const T*>(a.dy) + i * a.dy_stride,
-            s.rms ? C(0) : static_cast<const C*>(a.mean)[i],
-            static_cast<const C*>(a.rstd)[i],
-            C(0),
-            C(0)};
+    const T* z = static_cast<const T*>(a.z) + i * a.z_stride;
+    const T* dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
+    if (!a.rstd) {
+      const C mean = row_mean(s, z);
+      return {z, dy, mean, row_rstd(s, z, mean), C(0), C(0)};
+    }
+    const C mean = s.rms ? C(0) : static_cast<const C*>(a.mean)[i];
+    return {z, dy, mean, static_cast<const C*>(a.rstd)[i], C(0), C(0)};
   }
 
   // The two means of kRows rows, and with kAffine their share of the weight gradients.

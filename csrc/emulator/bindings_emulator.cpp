@@ -173,6 +173,15 @@ PYBIND11_MODULE(_C_emulator, m) {
              for (const auto& kernel : p.kernels) names.push_back(kernel->name);
              return names;
            })
+      .def("variables",
+           [](const Program& p) {
+             py::dict found;
+             for (const auto& variable : p.globals) {
+               const auto address = reinterpret_cast<uint64_t>(variable.second.data());
+               found[py::str(variable.first)] = py::make_tuple(address, variable.second.size());
+             }
+             return found;
+           })
       .def("describe", &describe_kernel)
       .def("instructions", &describe_instructions)
       .def("launch", &launch);

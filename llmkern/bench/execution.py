@@ -17,8 +17,10 @@ from llmkern.bench import machine, memory_sweep, registry, roofline, runner, sto
 from llmkern.bench.peak import Peaks
 from llmkern.bench.requirements import require
 from llmkern.bench.suites import kernels, modules, train
+from llmkern.errors import ArgumentError
 
 SUITES = ("kernels", "modules", "memory", "train")
+CPU_SUITES = ("memory", "train")  # about the CPU, whatever device is asked for
 # The default run ends well within ten minutes on two cores, a first build included.
 TIME_LIMIT_S = 300.0
 COMPILE_SHARE = 0.5  # of the time limit, after which torch.compile is no longer started
@@ -49,25 +51,28 @@ def cases_of(suite: str, options: argparse.Namespace) -> list[registry.Case]:
 def execute(options: argparse.Namespace, console: Any) -> store.Run:
     """Measure what the options ask for."""
     began = time.monotonic()
+    device = registry.device_of(options.device)
+    suites = _suites(options, device)
     loaded = _ext.load()
     run = store.Run(machine.describe(loaded.module.isa_names() if loaded.module else []))
     run.machine["allocator"] = "C library default"
     if options.tune_allocator:
         run.machine["allocator"] = llmkern.tune_allocator().detail
-    suites = options.suites or list(SUITES)
+    run.machine["accelerator"] = machine.accelerator_name(device)
     threads = options.threads or [torch.get_num_threads()]
     limit = options.time_limit
     if limit is None:
         limit = float("inf") if options.full else TIME_LIMIT_S
     run_options = runner.Options(
-        device=registry.device_of(options.device),
+        device=device,
         budget=options.budget * (1.0 if options.full else DEFAULT_BUDGET),
         compile=not options.no_compile,
         deadline=began + limit,
         compile_deadline=began + COMPILE_SHARE * limit,
     )
     peaks = Peaks(loaded.module)
-    peaks.survey(sorted({1, *threads}))
+    if device.type == "cpu":
+        peaks.survey(sorted({1, *threads}))
     torch.set_num_threads(max(threads))
     chosen = [suite for suite in PACKAGES if suite in suites]
     for suite in chosen:
@@ -80,7 +85,7 @@ def execute(options: argparse.Namespace, console: Any) -> store.Run:
         run.memory = _run_memory(console, (False, True) if options.full else (True,))
     if "train" in suites and _in_filter(options, "train"):
         run.training = _run_training(options, TRAIN_SHARE * limit, console)
-    if not options.tune_allocator:
+    if not options.tune_allocator and device.type == "cpu":
         cases = [
             tuned(c)
             for s in suites
@@ -97,6 +102,20 @@ def execute(options: argparse.Namespace, console: Any) -> store.Run:
     run.machine["load_after"] = machine.load_average()
     run.machine["seconds"] = time.monotonic() - began
     return run
+
+
+def _suites(options: argparse.Namespace, device: torch.device) -> list[str]:
+    """What to run on `device`.
+
+    Raises:
+        ArgumentError: a suite was named that runs on the CPU alone.
+    """
+    if device.type == "cpu":
+        return options.suites or list(SUITES)
+    named = [suite for suite in options.suites or () if suite in CPU_SUITES]
+    if named:
+        raise ArgumentError(f"bench: {' and '.join(named)} run on the CPU only, got {device}")
+    return options.suites or [suite for suite in SUITES if suite not in CPU_SUITES]
 
 
 def tuned(case: registry.Case) -> registry.Case:

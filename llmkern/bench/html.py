@@ -80,7 +80,8 @@ def render(run: Run) -> str:
         sections.append(_section("Training run", _training(run.training, drawn)))
     for suite in dict.fromkeys(row.suite for row in run.rows):
         rows = [row for row in run.rows if row.suite == suite]
-        sections.append(_section(f"All {suite} cases", _rows_table(rows)))
+        body = _rows_table(rows) + _variants(rows)
+        sections.append(_section(f"All {suite} cases", body))
     problems = _problems(run.rows)
     if problems:
         sections.append(_section("Not measured, and why", problems))
@@ -111,7 +112,7 @@ def _figure(svg: str) -> str:
 def _subtitle(machine: dict[str, Any]) -> str:
     isas = ", ".join(machine.get("isas", [])) or "no compiled extension"
     return (
-        f"{machine.get('cpu')}, {machine.get('cores')} cores ({isas}); torch "
+        f"{text.hardware(machine)} ({isas}); torch "
         f"{machine.get('torch')}, llmkern {machine.get('llmkern')}, Python "
         f"{machine.get('python')}; {machine.get('date')}"
     )
@@ -184,6 +185,23 @@ def _rows_table(rows: list[Row]) -> str:
         ]
         body.append(("", [*start, *cells]))
     return _table(head, body)
+
+
+def _variants(rows: list[Row]) -> str:
+    """Each variant of each case with its time, and where its work differs from the case's."""
+    body = [
+        ("", [escape(text.title(row)), escape(text.shape(row)), row.dtype, row.direction,
+              str(row.threads), escape(variant.name), text.duration(row.median_us(variant.name)),
+              text.spread(row, variant.name), text.size(variant.peak_bytes), escape(variant.note)])
+        for row in rows
+        for variant in row.variants
+        if variant.timing is not None
+    ]  # fmt: skip
+    if not body:
+        return ""
+    head = ["case", "shape", "dtype", "pass", ">thr", "variant", ">time", ">±", ">peak mem",
+            "what it does otherwise"]  # fmt: skip
+    return f"<details><summary>Every variant</summary>{_table(head, body)}</details>"
 
 
 def _memory_table(entries: list[dict[str, Any]]) -> str:

@@ -63,6 +63,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def accelerator_name(device: torch.device) -> str | None:
+    """What torch calls the card; None for a CPU."""
+    if device.type == "cpu":
+        return None
+    described = getattr(torch.get_device_module(device), "get_device_name", None)
+    return described(device) if described is not None else str(device)
+
+
 def describe(extension_isas: list[str]) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

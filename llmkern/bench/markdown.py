@@ -12,7 +12,7 @@ _HEAD = "| case | shape | dtype | llmkern | torch eager | × eager | × best tor
 def render(run: Run) -> str:
     machine = run.machine
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['isas'])}), torch "
+        f"{text.hardware(machine)} ({', '.join(machine['isas'])}), torch "
         f"{machine['torch']}, {machine['date']}.",
         "",
         _HEAD,

@@ -10,7 +10,8 @@ are then already resident). `peak_in_child` does the same in a fresh process for
 that has only imported the libraries, so a call that the kernel kills for want of memory is
 reported as such and the run goes on.
 
-Linux only: elsewhere both return None, and nothing is printed for it.
+Linux only: elsewhere both return None, and nothing is printed for it. On a GPU the device's
+allocator keeps the high-water mark, and `peak_on` reads that.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+
+import torch
 
 _STATUS = "/proc/self/status"
 _CLEAR_REFS = "/proc/self/clear_refs"
@@ -81,6 +84,22 @@ def peak_of(step: Callable[[], object]) -> int | None:
     return max(0, peak - before)
 
 
+def peak_on(device: torch.device, step: Callable[[], object]) -> int | None:
+    """`peak_of` on a CPU; elsewhere the bytes that torch's allocator for `device` gave out at the
+    worst moment, over those before, or None where it does not count them."""
+    if device.type == "cpu":
+        return peak_of(step)
+    allocator = torch.get_device_module(device)
+    if not hasattr(allocator, "max_memory_allocated"):
+        return None
+    allocator.reset_peak_memory_stats(device)
+    before = allocator.memory_allocated(device)
+    result = step()
+    peak = allocator.max_memory_allocated(device)
+    del result
+    return peak - before
+
+
 def _child(
     connection: Connection,
     prepare: Callable[..., Callable[[], object]],
@@ -89,8 +108,6 @@ def _child(
     threads: int,
 ) -> None:
     import time
-
-    import torch
 
     torch.set_num_threads(threads)
     prepare(*warm)()  # small: code pages, thread pool and library caches become resident

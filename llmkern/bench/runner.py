@@ -94,12 +94,12 @@ def _measure(case: Case, tensors: Tensors, options: Options, row: Row) -> None:
         steps,
         case.budget_s * options.budget * len(steps) / 2,
         min_rounds=case.min_rounds,
-        sync=timers.synchronizer(options.device),
+        sample=timers.sampler(options.device),
     )
     for result in row.variants:
         result.timing = timings.get(result.name)
-        if result.name in steps and options.measure_memory and options.device.type == "cpu":
-            result.peak_bytes = memory.peak_of(steps[result.name])
+        if result.name in steps and options.measure_memory:
+            result.peak_bytes = memory.peak_on(options.device, steps[result.name])
 
 
 def _prepare(

@@ -117,6 +117,8 @@ def print_run(run: Run, out: Console) -> None:
         out.print(memory_table(run.memory))
     if run.training:
         out.print(training_table(run.training))
+    for note in text.notes(run.rows):
+        out.print(note, highlight=False)
     for row in run.rows:
         if row.status != "ok":
             style = "bold red" if row.status == "failed" else "yellow"
@@ -136,7 +138,7 @@ def summary(run: Run) -> str:
           for v in (machine.get("load_before"), machine.get("load_after")))
     )  # fmt: skip
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}; "
+        f"{text.hardware(machine)}, torch {machine['torch']}, {machine['date']}; "
         f"{load}; {machine.get('seconds', 0):.0f} s\n"
         f"{len(run.rows)} cases: {len(run.rows) - failed - unrun} measured, "
         f"{failed} failed the gate, {unrun} did not run"

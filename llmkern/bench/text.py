@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmkern.bench.store import Row
 
 NOT_MEASURED = "–"
@@ -62,3 +64,15 @@ def title(row: Row) -> str:
 
 def engine(row: Row) -> str:
     return f"{row.backend}/{row.isa}" if row.isa else row.backend
+
+
+def hardware(machine: dict[str, Any]) -> str:
+    """The card, if there was one, the CPU and its cores."""
+    card = machine.get("accelerator")
+    return f"{f'{card}, ' if card else ''}{machine.get('cpu')}, {machine.get('cores')} cores"
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """Variants whose work differs from their case's, each once: "name: how"."""
+    found = {(v.name, v.note) for row in rows for v in row.variants if v.note and v.timing}
+    return [f"{name}: {note}" for name, note in sorted(found)]

@@ -3,6 +3,9 @@
 The variants take turns, call by call (or in groups of calls when one call is shorter than the
 clock can resolve), so that a noisy neighbour, a frequency change or a cold cache hits all of them
 alike. What is reported is the median of the samples and their quartiles.
+
+On a CPU the wall clock is read before and after the calls. On a GPU, where a call returns before
+its work is done, the device's own clock is: two events in the stream, one before and one after.
 """
 
 from __future__ import annotations
@@ -40,11 +43,38 @@ class Timing:
         return 0.5 * (self.p75_us - self.p25_us) / self.median_us if self.median_us else 0.0
 
 
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What to call before the clock is read so that queued work on `device` is included."""
-    if device.type == "cpu":
-        return lambda: None
-    return lambda: torch.accelerator.synchronize(device)
+Sampler = Callable[[Step, int], float]  # nanoseconds that so many calls of a step take
+
+
+def sampler(device: torch.device) -> Sampler:
+    """The way to time calls on `device`."""
+    return wall_clock(time.perf_counter_ns) if device.type == "cpu" else events(device)
+
+
+def wall_clock(clock_ns: Callable[[], int]) -> Sampler:
+    def sample(step: Step, calls: int) -> float:
+        start = clock_ns()
+        for _ in range(calls):
+            step()
+        return clock_ns() - start
+
+    return sample
+
+
+def events(device: torch.device) -> Sampler:
+    """Time between two events in the current stream of `device`. Where the calls are shorter than
+    what it takes to launch them, that is the time of the launches."""
+
+    def sample(step: Step, calls: int) -> float:
+        start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e6  # milliseconds
+
+    return sample
 
 
 def interleave(
@@ -53,23 +83,16 @@ def interleave(
     *,
     min_rounds: int = 5,
     max_rounds: int = 200,
-    sync: Callable[[], None] = lambda: None,
+    sample: Sampler | None = None,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:
     """Time `steps` in turns for about `budget_s` seconds and at least `min_rounds` rounds.
 
     A round takes one sample of every step; the order is reversed every other round, so that no
-    step always runs in the cache that the same neighbour left behind.
+    step always runs in the cache that the same neighbour left behind. `clock_ns` keeps the budget,
+    and times the calls where no `sample` does.
     """
-
-    def sample(step: Step, calls: int) -> int:
-        sync()
-        start = clock_ns()
-        for _ in range(calls):
-            step()
-        sync()
-        return clock_ns() - start
-
+    sample = sample or wall_clock(clock_ns)
     samples: dict[str, list[float]] = {name: [] for name in steps}
     collecting = gc.isenabled()
     gc.disable()
@@ -92,7 +115,7 @@ def interleave(
     return {name: summarize(ns, calls[name]) for name, ns in samples.items()}
 
 
-def _calls_per_sample(time_once_ns: Callable[[], int]) -> int:
+def _calls_per_sample(time_once_ns: Callable[[], float]) -> int:
     """How many calls make a sample long enough; the first ones also warm up."""
     once = time_once_ns()
     for _ in range(CALIBRATION_CALLS):

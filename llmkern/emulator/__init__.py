@@ -16,7 +16,9 @@ hardware's. Memory is sequentially consistent: a missing fence does not show.
 """
 
 from llmkern.emulator.counters import Counters
+from llmkern.emulator.cudart import load_library
 from llmkern.emulator.gpu import Device, current, device
 from llmkern.emulator.program import EmulatorError, Program, PtxError
 
-__all__ = ["Counters", "Device", "EmulatorError", "Program", "PtxError", "current", "device"]
+__all__ = ["Counters", "Device", "EmulatorError", "Program", "PtxError", "current", "device",
+           "load_library"]  # fmt: skip

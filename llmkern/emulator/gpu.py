@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ MAX_SHARED = {
 }
 
 _stack: list["Device"] = []
+# Called with the capability that is emulated from now on, or None.
+on_change: list[Callable[[int | None], None]] = []
 
 
 class Device:
@@ -35,6 +37,7 @@ class Device:
         self.max_shared_bytes = MAX_SHARED[capability]
         self._counts: dict[tuple[str, Program], tuple[int, torch.Tensor]] = {}
         self._memory: dict[int, tuple[str, torch.Tensor, torch.Tensor | None]] = {}
+        self.failure: Exception | None = None  # of a launch by a library, which saw an error code
 
     def register(self, tensor: torch.Tensor, name: str = "registered") -> torch.Tensor:
         """Let kernels touch a tensor that reaches them in another way than as an argument."""
@@ -61,6 +64,16 @@ class Device:
         if flags is None:
             raise ArgumentError("unwritten() is about tensors made by empty()")
         return int((flags == 0).sum())
+
+    def raise_failure(self) -> None:
+        """Raise what stopped the last launch that a library made, once.
+
+        Raises:
+            EmulatorError, PtxError, ArgumentError: as the launch did.
+        """
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
 
     def launch(
         self,
@@ -158,8 +171,8 @@ def device(
         global_races: stop where two CTAs store different values to one element; kernels with
             atomics on global memory are left out.
         counters: count sectors and wavefronts (warp instructions are always counted).
-        threads: host threads, torch.get_num_threads() by default. Results and reports do not depend
-            on it.
+        threads: host threads, torch.get_num_threads() by default. Results and reports do not
+            depend on it.
         seed: other than 0: CTAs and warps run in an order shuffled by it.
         budget: warp instructions after which a warp is stopped.
 
@@ -182,14 +195,23 @@ def device(
         budget,
     )
     dev = Device(capability, options)
-    before = target.set_emulated(capability)
     _stack.append(dev)
+    before = _switch(capability)
     try:
         with _triton():
             yield dev
     finally:
         _stack.pop()
-        target.set_emulated(before)
+        _switch(before)
+    dev.raise_failure()
+
+
+def _switch(capability: int | None) -> int | None:
+    """Emulate another architecture, or none; returns what was emulated before."""
+    before = target.set_emulated(capability)
+    for tell in on_change:
+        tell(capability)
+    return before
 
 
 def _triton() -> contextlib.AbstractContextManager:

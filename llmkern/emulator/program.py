@@ -134,6 +134,10 @@ class Program:
         """Parameters (name, offset, bytes), shared and local bytes, required threads."""
         return self._program.describe(kernel)
 
+    def variables(self) -> dict[str, tuple[int, int]]:
+        """Address and bytes of each .global and .const variable, by its PTX name."""
+        return self._program.variables()
+
     def launch(
         self,
         kernel: str,

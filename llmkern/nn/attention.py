@@ -33,7 +33,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     The output does not depend on `need_weights`, except in training with dropout, where the weights
     returned are the dropped ones, as in torch. A query that sees no key gets 0 where torch gives
-    NaN. `is_causal` is a hint about attn_mask, as in torch, relied on with need_weights=False.
+    NaN. `is_causal` is a hint about attn_mask, as in torch, relied on with need_weights=False where
+    the mask wants no gradient.
     """
 
     @functools.wraps(torch.nn.MultiheadAttention.__init__)
@@ -81,7 +82,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             q, k, v = _separate(projected)
             projected = q, *self._extend(k, v)
         extra = projected[-1].shape[1] - key.shape[0 if seq_first else 1]
-        is_causal = is_causal and not need_weights and (key_padding_mask is None or not extra)
+        hinted = not need_weights and (key_padding_mask is None or not extra)
+        is_causal = is_causal and hinted and not attn_mask.requires_grad
         masks = _masks(attn_mask, key_padding_mask, is_causal, self.num_heads, extra)
         p = self.dropout if self.training else 0.0
         if need_weights:
@@ -128,7 +130,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         for (x, weight), b, width in zip(parts, biases, widths, strict=True):
             y = functional.linear(x, weight, b)
             sizes = (self.num_heads, self.head_dim)
-            y = y.unflatten(-1, sizes if width == size else (width // size, *sizes))
+            y = torch.unflatten(y, -1, sizes if width == size else (width // size, *sizes))
             projected.append(y.transpose(0, 1) if seq_first else y)
         return tuple(projected)
 
@@ -216,7 +218,8 @@ def _masks(
         attn_mask = None
     elif attn_mask is not None:
         attn_mask = F.pad(attn_mask, (0, extra)) if extra else attn_mask
-        attn_mask = attn_mask.unflatten(0, (-1, heads)) if attn_mask.dim() == 3 else attn_mask
+        if attn_mask.dim() == 3:
+            attn_mask = torch.unflatten(attn_mask, 0, (-1, heads))
     if key_padding_mask is not None:
         padding = F.pad(key_padding_mask, (0, extra)) if extra else key_padding_mask
         if padding.dtype == torch.bool:

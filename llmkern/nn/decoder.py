@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from llmkern import dispatch
-from llmkern.nn.fusion import add_linear, add_norm, feed_forward
+from llmkern.nn.fusion import add_linear, add_norm, feed_forward, unchanged
 from llmkern.nn.masks import detect_causal, sequence_length
 from llmkern.nn.table import adopt, replaces
 
-_TORCH_LAYER = torch.nn.TransformerDecoderLayer
+_BLOCKS = {
+    name: getattr(torch.nn.TransformerDecoderLayer, name)
+    for name in ("_sa_block", "_mha_block", "_ff_block")
+}
 
 
 @replaces(torch.nn.TransformerDecoderLayer)
@@ -34,13 +37,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        cls = type(self)
-        if (
-            cls._sa_block is not _TORCH_LAYER._sa_block
-            or cls._mha_block is not _TORCH_LAYER._mha_block
-            or cls._ff_block is not _TORCH_LAYER._ff_block
-            or dispatch.unserved(tgt, memory)
-        ):
+        if dispatch.unserved(tgt, memory) or not unchanged(self, _BLOCKS):
             return super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
                 memory_key_padding_mask, tgt_is_causal, memory_is_causal,

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from llmkern import dispatch
 from llmkern.nn.attention import MultiheadAttention
-from llmkern.nn.fusion import add_linear, add_norm, bypassable, feed_forward
+from llmkern.nn.fusion import add_linear, add_norm, bypassable, feed_forward, unchanged
 from llmkern.nn.masks import detect_causal, float_mask, sequence_length
 from llmkern.nn.table import adopt, replaces
 
-_TORCH_LAYER = torch.nn.TransformerEncoderLayer
+_BLOCKS = {
+    name: getattr(torch.nn.TransformerEncoderLayer, name) for name in ("_sa_block", "_ff_block")
+}
 
 
 @replaces(torch.nn.TransformerEncoderLayer)
@@ -42,12 +44,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        cls = type(self)
-        if (
-            cls._sa_block is not _TORCH_LAYER._sa_block
-            or cls._ff_block is not _TORCH_LAYER._ff_block
-            or dispatch.unserved(src)
-        ):
+        if dispatch.unserved(src) or not unchanged(self, _BLOCKS):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             attended = self._attend(self.norm1(src), src_mask, src_key_padding_mask, is_causal)

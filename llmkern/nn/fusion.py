@@ -19,7 +19,7 @@ from llmkern.nn.activation import GELU, ReLU, SiLU
 from llmkern.nn.dropout import Dropout
 from llmkern.nn.linear import Linear
 from llmkern.nn.modes import outside_modes
-from llmkern.nn.norm import LayerNorm, RMSNorm
+from llmkern.nn.norm import LayerNorm, RMSNorm, promotes
 
 LINEARS = (torch.nn.Linear, Linear)
 DROPOUTS = (torch.nn.Dropout, Dropout)
@@ -41,6 +41,16 @@ def bypassable(module: Module, types: tuple[type[Module], ...]) -> bool:
         and not torch_module._global_backward_pre_hooks
         and "forward" not in module.__dict__
     )
+
+
+def unchanged(layer: Module, methods: dict[str, Callable]) -> bool:
+    """True where torch's `methods`, which layer's forward does not call, are what calling them
+    would run: no subclass, instance or patch of torch's class has its own."""
+    cls, own = type(layer), layer.__dict__
+    for name, method in methods.items():
+        if getattr(cls, name) is not method or name in own:
+            return False
+    return True
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
@@ -92,7 +102,11 @@ def add_norm(
             norm.eps,
             **options,
         )
-    if bypassable(norm, RMS_NORMS) and not dispatch.unserved(y, residual, norm.weight):
+    if (
+        bypassable(norm, RMS_NORMS)
+        and not dispatch.unserved(y, residual, norm.weight)
+        and not promotes(residual, norm.weight)
+    ):
         return outside_modes(
             functional.add_rms_norm,
             y,

@@ -7,7 +7,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmkern import dispatch, functional
 from llmkern.errors import ArgumentError
-from llmkern.nn.modes import outside_modes
+from llmkern.nn.modes import outside_modes, parameter
 from llmkern.nn.table import replaces
 
 _ACTIVATIONS = {
@@ -48,9 +48,10 @@ class Linear(torch.nn.Linear):
             self.fused_activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        if not dispatch.unserved(input, self.weight, self.bias):
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        if not dispatch.unserved(input, weight, bias):
             return outside_modes(
-                functional.linear, input, self.weight, self.bias, activation=self.fused_activation
+                functional.linear, input, weight, bias, activation=self.fused_activation
             )
         output, name = super().forward(input), self.fused_activation
         return output if name is None else _ACTIVATIONS[name](output)
@@ -65,6 +66,7 @@ class OutProjection(NonDynamicallyQuantizableLinear):
     """The out_proj of MultiheadAttention, which reads its weight and bias and seldom calls it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if dispatch.unserved(input, self.weight, self.bias):
+        weight, bias = self.weight, self.bias
+        if dispatch.unserved(input, weight, bias):
             return super().forward(input)
-        return outside_modes(functional.linear, input, self.weight, self.bias)
+        return outside_modes(functional.linear, input, weight, bias)

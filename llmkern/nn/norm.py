@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llmkern import dispatch, functional
-from llmkern.nn.modes import outside_modes
+from llmkern.nn.modes import outside_modes, parameter
 from llmkern.nn.table import replaces
 
 
@@ -13,10 +13,11 @@ class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm on `llmkern.functional.layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if dispatch.unserved(input, self.weight, self.bias):
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        if dispatch.unserved(input, weight, bias):
             return super().forward(input)
         return outside_modes(
-            functional.layer_norm, input, self.normalized_shape, self.weight, self.bias, self.eps
+            functional.layer_norm, input, self.normalized_shape, weight, bias, self.eps
         )
 
 
@@ -25,6 +26,15 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch.nn.RMSNorm on `llmkern.functional.rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if dispatch.unserved(x, self.weight):
+        weight = parameter(self, "weight")
+        if dispatch.unserved(x, weight) or promotes(x, weight):
             return super().forward(x)
-        return outside_modes(functional.rms_norm, x, self.normalized_shape, self.weight, self.eps)
+        return outside_modes(functional.rms_norm, x, self.normalized_shape, weight, self.eps)
+
+
+def promotes(x: Tensor, weight: Tensor | None) -> bool:
+    """True for a pair of dtypes that torch's RMSNorm takes and the kernel does not, which wants
+    one dtype, or a float32 weight beside a 16-bit x."""
+    if weight is None or weight.dtype == x.dtype:
+        return False
+    return weight.dtype != torch.float32 or x.dtype == torch.float64

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmkern import checks, dispatch
 from llmkern.errors import ArgumentError, BackendError, ShapeError
-from llmkern.ops.library import Plans, define, direct_apply, in_functorch, signature
+from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
 from llmkern.specs import ActivationSpec
 
 
@@ -65,7 +65,7 @@ def _activation(x: Tensor, name: str, inplace: bool, backend: str | None) -> Ten
     if inplace:
         _check_writable(name, x)
     if key is None:
-        if in_functorch():
+        if in_transform():
             return dispatch.module_of("reference", "activation").forward(plan.spec, x, inplace)
         y = torch.ops.llmkern.activation(x, name, backend)
         return x.copy_(y) if inplace else y
@@ -118,7 +118,7 @@ class _ActivationFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable(spec.activation, dy, x), None
         module = dispatch.resolve("activation", spec, ctx.plan.backend)
-        return module.backward(spec, dy, x), None
+        return module.backward(spec, dy.resolve_neg(), x), None
 
 
 _apply = direct_apply(_ActivationFunction)
@@ -162,6 +162,7 @@ def _no_second_derivative(ctx, gradient):
 
 
 def _fake(x, activation, backend):
+    dispatch.foresee("activation", lambda: _spec(x, activation), backend)
     y = torch.empty_like(x)
     return y if y.stride() == x.stride() else x.new_empty(x.shape)
 

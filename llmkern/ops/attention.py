@@ -23,7 +23,7 @@ from llmkern.ops.library import (
     Plans,
     define,
     direct_apply,
-    in_functorch,
+    in_transform,
     signature,
     wants_grad,
 )
@@ -219,7 +219,7 @@ def _run(plan, traced, q, k, v, bias, mask, key_mask, slopes, sinks, seed, backe
     """(out [B, H, S, Dv], lse [B, H, S]) of tensors in the op's form."""
     spec = plan.spec
     args = (q, k, v, bias, mask, key_mask, slopes, sinks, seed)
-    if traced and in_functorch():
+    if traced and in_transform():
         reference = dispatch.module_of("reference", "attention")
         return reference.forward(spec, *_views(q, k, v), *args[3:])
     if traced:
@@ -256,6 +256,7 @@ class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         run = _differentiable if torch.is_grad_enabled() else _backward_of
+        dout, dlse = (None if d is None else d.resolve_neg() for d in (dout, dlse))
         return _gradients(ctx, dout, dlse, functools.partial(run, ctx.spec, ctx.backend), 2)
 
 
@@ -359,8 +360,11 @@ def _no_second_derivative(ctx, *gradients):
     )
 
 
-def _fake(q, k, v, *_):
+def _fake(q, k, v, bias, mask, key_mask, slopes, sinks, seed, scale, softcap, shift, left, right,
+          dropout_p, backend):  # fmt: skip
     q, k, v = _views(q, k, v)
+    masks, options = (bias, mask, key_mask, slopes, sinks), (scale, softcap, shift, left, right)
+    dispatch.foresee("attention", lambda: _spec(q, k, v, *masks, (*options, dropout_p)), backend)
     (b, h, s, _), value_dim = q.shape, v.shape[3]
     strides = (s * h * value_dim, value_dim, h * value_dim, 1)
     lse = q.new_empty((b, h, s), dtype=numerics.compute_dtype(q.dtype))

@@ -189,7 +189,8 @@ def _window(op: str, window: object) -> list[int]:
     if isinstance(window, (tuple, list)) and len(window) == 2:
         for limit in window:
             if limit is None or (isinstance(limit, int) and limit >= -1):
-                limits.append(UNBOUNDED if limit is None or limit == -1 else limit)
+                # The bound keeps place + limit inside the kernels' 64 bits.
+                limits.append(UNBOUNDED if limit in (None, -1) else min(limit, UNBOUNDED))
     if len(limits) != 2:
         raise ArgumentError(
             f"{op}: window must be (left, right): >= 0, or None or -1 (no limit), got {window!r}"
@@ -307,4 +308,4 @@ def own_dims(out: Tensor, lse: Tensor, size: Sizes) -> tuple[Tensor, Tensor]:
         return out[0, 0], lse[0, 0]
     if size.dims == 3:
         return out[0], lse[0]
-    return out.unflatten(0, size.lead), lse.unflatten(0, size.lead)
+    return torch.unflatten(out, 0, size.lead), torch.unflatten(lse, 0, size.lead)

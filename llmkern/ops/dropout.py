@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmkern import checks, dispatch, random
 from llmkern.errors import ArgumentError, ShapeError
-from llmkern.ops.library import Plans, define, direct_apply, in_functorch, signature
+from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
 from llmkern.specs import DropoutSpec
 
 
@@ -55,7 +55,7 @@ def dropout(
     seed = random.draw_seed(input.device)
     if key is not None:
         return _run(input, seed, plan)
-    if in_functorch():
+    if in_transform():
         return dispatch.module_of("reference", "dropout").forward(plan.spec, input, seed, inplace)
     y = torch.ops.llmkern.dropout(input, seed, p, backend)
     return input.copy_(y) if inplace else y
@@ -119,7 +119,7 @@ class _DropoutFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and dy.requires_grad:
             return _apply(dy, seed, plan._replace(inplace=False)), None, None
         module = dispatch.resolve("dropout", plan.spec, plan.backend)
-        return module.backward(plan.spec, dy, seed), None, None
+        return module.backward(plan.spec, dy.resolve_neg(), seed), None, None
 
 
 _apply = direct_apply(_DropoutFunction)
@@ -131,6 +131,7 @@ def _forward(x: Tensor, seed: Tensor, p: float, backend: str | None) -> Tensor:
 
 
 def _fake(x, seed, p, backend):
+    dispatch.foresee("dropout", lambda: _spec(x, p), backend)
     return x.new_empty(x.shape)
 
 

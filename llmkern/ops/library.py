@@ -1,9 +1,9 @@
 """The torch.library namespace `torch.ops.llmkern` and the choice between its two ways in.
 
-Under torch.compile, fake tensors, dispatch modes and tensor subclasses a call goes
-through the dispatcher (torch.ops.llmkern.*), which those systems understand. In plain eager mode
-that costs about 10 us with gradients, so there the same functions run under torch.autograd.Function
-directly (4 us).
+Under torch.compile, fake tensors, dispatch modes, tensor subclasses and views that negate lazily a
+call goes through the dispatcher (torch.ops.llmkern.*), which those systems understand. In plain
+eager mode that costs about 10 us with gradients, so there the same functions run under
+torch.autograd.Function directly (4 us).
 
 What a call of an op must find out (are the arguments right, which spec, does autograd record) is
 the same for every call with the same signature. ops/norm.py shows the pattern: signature() of the
@@ -13,10 +13,13 @@ tensors, a table of plans by signature and options, checks and spec only where t
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from llmkern.errors import BackendError
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 
@@ -25,18 +28,34 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     """True where nothing but ordinary eager mode looks at this call."""
     if torch.compiler.is_compiling():
         return False
-    if _len_torch_dispatch_stack() or in_functorch():
+    if _len_torch_dispatch_stack() or in_transform():
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
             return False
+        if tensor is not None and tensor.is_neg():
+            return False
     return True
 
 
-def in_functorch() -> bool:
-    """True inside torch.func (grad, vmap, jvp ...), which cannot differentiate torch.library ops:
-    there the reference backend's plain torch runs, which all of it understands."""
-    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
+def in_transform() -> bool:
+    """True inside torch.func (grad, vmap, jvp ...) and forward-mode AD, which cannot differentiate
+    torch.library ops: there the reference backend's plain torch runs, which all of it understands.
+    """
+    if torch.compiler.is_compiling():
+        if _in_jvp():  # the dispatcher would drop the tangent without a word
+            raise BackendError("torch.func.jvp and jacfwd need plain eager mode, not torch.compile")
+        return False
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _in_jvp() -> bool:
+    interpreter = peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == TransformType.Jvp
+
+
+# What torch.compiler.assume_constant_result sets: dynamo enters the transforms that it traces.
+_in_jvp._dynamo_marked_constant = True
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -51,22 +70,25 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def signature(*tensors: Tensor | None) -> tuple | None:
     """What a plan may depend on: the grad mode, and shape, dtype, device, layout and requires_grad
-    of each tensor. None where the call is not plain eager, or an argument is no plain tensor."""
-    if torch.compiler.is_compiling():
+    of each tensor. None where the call is not plain eager, or an argument is no plain tensor or one
+    to be negated (z.conj().imag), which the dispatcher materialises."""
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
         return None
-    if _len_torch_dispatch_stack() or in_functorch():
+    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:  # in_transform()
         return None
-    key = [torch.is_grad_enabled()]
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-        elif type(tensor) is Tensor or type(tensor) is Parameter:
-            if tensor.is_nested:
-                return None
-            key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad)
-        else:
+    key: tuple = (is_grad_enabled(),)
+    for t in tensors:
+        if t is None:
+            key += (None,)
+            continue
+        kind = type(t)
+        if (kind is not Tensor and kind is not Parameter) or t.is_neg():
             return None
-    return tuple(key)
+        try:  # tuples that grow: a list that becomes one at the end takes longer
+            key += (t.shape, t.dtype, t.device, t.layout, t.requires_grad)
+        except RuntimeError:  # a nested tensor has no shape
+            return None
+    return key
 
 
 class Plans(dict):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmkern import checks, dispatch, random
 from llmkern.errors import ShapeError
-from llmkern.ops.library import define, plain_eager, wants_grad
+from llmkern.ops.library import define, in_transform, plain_eager, wants_grad
 from llmkern.specs import LinearSpec
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
@@ -159,6 +159,9 @@ def _linear(x, weight, up_weight, bias, up_bias, residual, activation, dropout_p
     keep_preact = activation is not None and grad
     args = (*tensors, seed, activation, dropout_p, keep_preact, backend)
     if not eager:
+        if in_transform():
+            spec = _spec(x, weight, up_weight, bias, residual, activation, dropout_p, False)
+            return dispatch.module_of("reference", "linear").forward(spec, *tensors, seed)[0]
         return torch.ops.llmkern.linear(*args)[0]
     if grad:
         return _LinearFunction.apply(*args)
@@ -201,7 +204,7 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled():
             return _differentiable(ctx, dy)
-        return _gradients(ctx, dy, _backward)
+        return _gradients(ctx, dy.resolve_neg(), _backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -263,6 +266,8 @@ def _autograd(ctx, dy, _dpreact, _dup_preact):
 def _fake(
     x, weight, up_weight, bias, up_bias, residual, seed, activation, dropout_p, keep_preact, backend
 ):
+    tensors, options = (x, weight, up_weight, bias, residual), (activation, dropout_p, keep_preact)
+    dispatch.foresee("linear", lambda: _spec(*tensors, *options), backend)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     empty = x.new_empty(0)
     preact = torch.empty_like(y) if keep_preact else empty

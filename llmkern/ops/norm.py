@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmkern import checks, dispatch, numerics, random
 from llmkern.errors import ArgumentError, BackendError, ShapeError
-from llmkern.ops.library import Plans, define, direct_apply, in_functorch, signature
+from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
 from llmkern.specs import NormSpec
 
 
@@ -125,7 +125,7 @@ class _Plan(NamedTuple):
     """What a call needs beyond its tensors."""
 
     spec: NormSpec
-    backend: str | None
+    choice: dispatch.Choice
     grad: bool  # autograd records the call
     prenorm: bool
     dims: tuple[int, ...]  # of weight and bias
@@ -168,7 +168,7 @@ def _norm(
     if plan.float_residual:
         residual = residual.to(x.dtype)
     seed = random.draw_seed(x.device) if spec.dropout_p > 0.0 else None
-    if tensors is None and in_functorch():
+    if tensors is None and in_transform():
         reference = dispatch.module_of("reference", "norm")
         y, z, _ = reference.forward(spec, x, residual, weight, bias, seed)
         return (y, z) if prenorm else y
@@ -178,8 +178,7 @@ def _norm(
                                          unit_offset, dropout_p, keep_z, backend)  # fmt: skip
         return (y, z) if prenorm else y
     if not plan.grad:
-        module = dispatch.resolve("norm", spec, backend)
-        y, z, _ = module.forward(spec, x, residual, weight, bias, seed)
+        y, z, _ = plan.choice.module().forward(spec, x, residual, weight, bias, seed)
         return (y, z) if prenorm else y
     result = _apply(x, residual, weight, bias, seed, plan)
     return result[0] if spec.add and not prenorm else result
@@ -209,8 +208,9 @@ def _plan(
     keep_z = prenorm or (residual is not None and grad)
     spec = _spec(x, None if float_residual else residual, weight, bias, cols, eps, rms, unit_offset,
                  dropout_p, keep_z)  # fmt: skip
-    return _Plan(spec._replace(add=residual is not None), backend, grad, prenorm, dims,
-                 float_residual)  # fmt: skip
+    spec = spec._replace(add=residual is not None, keep_statistics=False)
+    choice = dispatch.Choice("norm", spec, backend)
+    return _Plan(spec, choice, grad, prenorm, dims, float_residual)
 
 
 def _check(op, x, residual, normalized_shape, weight, bias, eps, dropout_p) -> int:
@@ -276,7 +276,7 @@ class _NormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, seed, plan):
         spec = plan.spec
-        module = dispatch.resolve("norm", spec, plan.backend)
+        module = plan.choice.module()
         y, z, statistics = module.forward(spec, x, residual, weight, bias, seed)
         ctx.plan = plan
         if not spec.add:
@@ -300,7 +300,8 @@ class _NormFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = _differentiable(spec, dy, dz, z, weight, seed, wants)
         else:
-            module = dispatch.resolve("norm", spec, ctx.plan.backend)
+            module, dy = ctx.plan.choice.module(), dy.resolve_neg()
+            dz = None if dz is None else dz.resolve_neg()
             gradients = module.backward(spec, dy, dz, z, weight, statistics, seed, wants)
         return (*_as_inputs(gradients, spec.add, ctx.plan.dims), None, None)
 
@@ -408,6 +409,8 @@ def _no_second_derivative(ctx, *gradients):
 
 
 def _fake(x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend):
+    options = (cols, eps, rms, unit_offset, dropout_p, keep_z)
+    dispatch.foresee("norm", lambda: _spec(x, residual, weight, bias, *options), backend)
     rows = x.numel() // cols if cols else x.shape[:1].numel()
     z = x if residual is None else residual
     statistics = x.new_empty((1 if rms else 2, rows), dtype=numerics.compute_dtype(z.dtype))

@@ -1,27 +1,12 @@
-// Dropout decisions against a scalar Philox4x32-7 written from the paper, at aligned and unaligned
+// Dropout decisions against a scalar Philox4x32-7, at aligned and unaligned
 // first elements and across the carry of the counter's low word.
 #include "check.h"
+#include "decisions.h"
 #include "simd/dropout.h"
 
 namespace llmkern {
 namespace LLMKERN_ISA {
 namespace {
-
-struct Words {
-  uint32_t w[4];
-};
-
-Words scalar_philox(Words c, uint64_t seed, int rounds) {
-  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  for (int round = 0; round < rounds; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53} * c.w[0], b = uint64_t{0xCD9E8D57} * c.w[2];
-    c = {{static_cast<uint32_t>(b >> 32) ^ c.w[1] ^ key[0], static_cast<uint32_t>(b),
-          static_cast<uint32_t>(a >> 32) ^ c.w[3] ^ key[1], static_cast<uint32_t>(a)}};
-    key[0] += 0x9E3779B9;
-    key[1] += 0xBB67AE85;
-  }
-  return c;
-}
 
 // The published 10-round vector for an all-zero counter and key proves the scalar form.
 void check_scalar_form() {
@@ -29,15 +14,6 @@ void check_scalar_form() {
   const uint32_t want[4] = {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8};
   for (int i = 0; i < 4; ++i)
     if (got.w[i] != want[i]) fail("philox4x32-10", i, got.w[i], want[i]);
-}
-
-bool kept(uint64_t element, uint64_t seed, uint32_t threshold) {
-  const uint64_t counter = element / 8;
-  const Words random = scalar_philox(
-      {{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, kFlatStream}},
-      seed, kPhiloxRounds);
-  const uint32_t word = random.w[element % 8 / 2];
-  return (element % 2 ? word >> 16 : word & 0xffff) >= threshold;
 }
 
 void check_range(int64_t first, int64_t n, uint32_t threshold) {
@@ -49,7 +25,7 @@ void check_range(int64_t first, int64_t n, uint32_t threshold) {
   drop.fill(first, n, factor);
   drop.keep(first, n, &bits);
   for (int64_t j = 0; j < n; ++j) {
-    const bool want = kept(static_cast<uint64_t>(first + j), drop.seed, threshold);
+    const bool want = flat_keeps(static_cast<uint64_t>(first + j), drop.seed, threshold);
     if (factor[j] != (want ? 1.25f : 0.0f)) fail("fill", first + j, factor[j], want);
     const bool bit = bits.mask<MaskF>(j).bits() & 1u;
     const bool bit_d = bits.mask<MaskD>(j).bits() & 1u;

@@ -37,7 +37,7 @@ struct NormFwdArgs {
   const void *weight, *bias;  // null: none
   void* z;                    // null: not wanted; else contiguous
   void* y;                    // contiguous
-  void *mean, *rstd;          // [rows], float (double for kFloat64); mean null for rms
+  void *mean, *rstd;          // [rows], float (double for kFloat64); null: not wanted, mean for rms
 };
 
 // Row ranges that the weight gradient is summed in: a function of the shape alone, so any number of
@@ -51,7 +51,7 @@ struct NormBwdArgs {
   const void* z;  // what was normalised
   int64_t z_stride;
   const void* weight;
-  const void *mean, *rstd;
+  const void *mean, *rstd;  // null: computed again, bit for bit; mean null for rms
   const void* dy;
   int64_t dy_stride;
   const void* dz;         // null, or the gradient that reached z itself (prenorm); contiguous

@@ -57,7 +57,9 @@ class _Inputs:
             slopes_stride = slopes.expand(spec.batch, spec.heads).stride()
         if sinks is not None:
             sinks = sinks.contiguous()
-        self.alive = (q, k, v, key_mask, sinks)
+        if bias is not None:
+            bias = bias.resolve_neg()  # z.conj().imag is a strided view to be negated
+        self.alive = (q, k, v, bias, key_mask, sinks)
         self.codes = (
             *(q.data_ptr(), q.stride()[:3]),
             *(k.data_ptr(), k.stride()[:3]),

@@ -56,6 +56,7 @@ def _pick(a: Tensor) -> str:
 def _own_gemm(a: Tensor, b: Tensor, up: Tensor | None, epilogue: _Epilogue, y: Tensor) -> None:
     """y = epilogue(a [M, K] @ b [N, K]^T), any strides in a, b and up."""
     module = _ext.load().module
+    a, b = a.resolve_neg(), b.resolve_neg()  # z.conj().imag is a strided view to be negated
     m, k = a.shape
     n = b.shape[0]
     up_stride = (0, 0) if up is None else up.stride()
@@ -66,19 +67,20 @@ def _own_gemm(a: Tensor, b: Tensor, up: Tensor | None, epilogue: _Epilogue, y: T
 
 
 def _torch_gemm(choice: str, a: Tensor, b: Tensor) -> Tensor:
-    if choice == tiles.ONEDNN:
+    if choice == tiles.ONEDNN and a.numel() and b.numel():  # it refuses empty products
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 
 
-def _gemm(a: Tensor, b: Tensor, y: Tensor, residual: Tensor | None = None) -> Tensor:
-    """y = a @ b^T (+ residual), for the backward products."""
+def _gemm(a: Tensor, b: Tensor, shape: torch.Size, onto: Tensor | None = None) -> Tensor:
+    """a @ b^T as `shape`, for the backward products; added to `onto` in place where given."""
     choice = _pick(a)
-    if choice == tiles.OWN:
-        _own_gemm(a, b, None, _Epilogue(residual=residual), y)
-    else:
-        product = _torch_gemm(choice, a, b)
-        torch.add(product, residual, out=y) if residual is not None else y.copy_(product)
+    if choice != tiles.OWN:
+        product = _torch_gemm(choice, a, b).reshape(shape)
+        return product if onto is None else onto.add_(product)
+    y = torch.empty(shape, dtype=a.dtype, device="cpu") if onto is None else onto
+    residual = None if onto is None else onto.view(a.shape[0], b.shape[0])
+    _own_gemm(a, b, None, _Epilogue(residual=residual), y)
     return y
 
 
@@ -151,16 +153,13 @@ def backward(
     g, gu, dbias, dup_bias = _product_gradients(spec, dy, preact, up_preact, seed, wants)
     found = [torch.empty(0, dtype=x.dtype, device="cpu") for _ in range(3)]
     if wants[0]:
-        dx = found[0] = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-        rows = dx.view(spec.rows, spec.in_features)
-        if spec.gated:
-            _gemm(gu, up_weight.T, rows)
-        _gemm(g, weight.T, rows, rows if spec.gated else None)
+        up = _gemm(gu, up_weight.T, x.shape) if spec.gated else None
+        found[0] = _gemm(g, weight.T, x.shape, up)
     a = x.reshape(spec.rows, spec.in_features)
     if wants[1]:
-        found[1] = _gemm(g.T, a.T, torch.empty(weight.shape, dtype=x.dtype, device="cpu"))
+        found[1] = _gemm(g.T, a.T, weight.shape)
     if wants[2]:
-        found[2] = _gemm(gu.T, a.T, torch.empty(up_weight.shape, dtype=x.dtype, device="cpu"))
+        found[2] = _gemm(gu.T, a.T, up_weight.shape)
     return (*found, dbias, dup_bias)
 
 

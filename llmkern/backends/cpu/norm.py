@@ -10,19 +10,24 @@ from llmkern.backends.cpu import _ext
 from llmkern.backends.cpu._ext import DTYPE_CODES, address, rows_of
 from llmkern.specs import NormSpec
 
+_FEW_ELEMENTS = 16384  # 64 KiB of float32: backward finds them in the second-level cache again
+
 
 def supports(spec: NormSpec) -> str | None:
     return _ext.unavailable(spec.device)
 
 
 @functools.lru_cache(maxsize=4096)
-def _shape(spec: NormSpec) -> tuple:
-    """The leading arguments of the bindings."""
+def _described(spec: NormSpec) -> tuple[tuple, torch.dtype]:
+    """The leading argument of the bindings, and the dtype of statistics; None where there are
+    none: for few elements, computing them again is cheaper than one more tensor."""
     code = DTYPE_CODES[spec.dtype]
     weight_code = code if spec.weight_dtype is None else DTYPE_CODES[spec.weight_dtype]
     threshold = random.threshold(spec.dropout_p) if spec.dropout_p else 0
-    return (code, DTYPE_CODES[spec.x_dtype], weight_code, spec.rows, spec.cols, spec.eps, spec.rms,
-            spec.unit_offset, threshold)  # fmt: skip
+    shape = (code, DTYPE_CODES[spec.x_dtype], weight_code, spec.rows, spec.cols, spec.eps, spec.rms,
+             spec.unit_offset, threshold)  # fmt: skip
+    keep = spec.keep_statistics or spec.rows * spec.cols > _FEW_ELEMENTS
+    return shape, numerics.compute_dtype(spec.dtype) if keep else None
 
 
 def _address(t: Tensor | None) -> tuple[Tensor | None, int]:
@@ -48,23 +53,23 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    dtype, rows = spec.dtype, spec.rows
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows = spec.rows
+    shape, statistics_dtype = _described(spec)
     x_rows, x_stride = rows_of(x, rows, spec.cols)
     residual_rows, residual_stride = None, 0
     if residual is not None:
         residual_rows, residual_stride = rows_of(residual, rows, spec.cols)
     weight, weight_address = _address(weight)
     bias, bias_address = _address(bias)
-    y = _empty(x, dtype)
+    y = _empty(x, spec.dtype)
     z = torch.empty_like(y) if spec.keep_z else None
     # Sizes as arguments, not as a tuple: half the time again.
-    statistics = torch.empty(
-        1 if spec.rms else 2, rows, dtype=numerics.compute_dtype(dtype), device="cpu"
-    )
-    start = statistics.data_ptr()
+    statistics = None
+    if statistics_dtype is not None:
+        statistics = torch.empty(1 if spec.rms else 2, rows, dtype=statistics_dtype, device="cpu")
     _ext.load().module.norm_fwd(
-        _shape(spec),
+        shape,
         0 if seed is None else seed.data_ptr(),
         x_rows.data_ptr(),
         x_stride,
@@ -74,7 +79,7 @@ def forward(
         bias_address,
         0 if z is None else z.data_ptr(),
         y.data_ptr(),
-        start,
+        0 if statistics is None else statistics.data_ptr(),
     )
     return y, z, statistics
 
@@ -85,7 +90,7 @@ def backward(
     dz: Tensor | None,
     z: Tensor,
     weight: Tensor | None,
-    statistics: Tensor,
+    statistics: Tensor | None,
     seed: Tensor | None,
     wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -99,21 +104,20 @@ def backward(
     dresidual = None
     if wants[0] and spec.add and (spec.dropout_p or spec.x_dtype != spec.dtype):
         dresidual = _empty(z, spec.dtype)
-    affine_dtype = spec.dtype if spec.weight_dtype is None else spec.weight_dtype
-    dweight = torch.empty(cols, dtype=affine_dtype, device="cpu") if wants[1] else None
-    dbias = torch.empty(cols, dtype=affine_dtype, device="cpu") if wants[2] else None
-    scratch = None
+    dweight = dbias = scratch = None
     if wants[1] or wants[2]:
-        scratch = torch.empty(
-            module.norm_bwd_scratch(rows, cols), dtype=statistics.dtype, device="cpu"
-        )
+        affine_dtype = spec.dtype if spec.weight_dtype is None else spec.weight_dtype
+        dweight = torch.empty(cols, dtype=affine_dtype, device="cpu") if wants[1] else None
+        dbias = torch.empty(cols, dtype=affine_dtype, device="cpu") if wants[2] else None
+        size = module.norm_bwd_scratch(rows, cols)
+        scratch = torch.empty(size, dtype=numerics.compute_dtype(spec.dtype), device="cpu")
     module.norm_bwd(
-        _shape(spec),
+        _described(spec)[0],
         address(seed),
         z_rows.data_ptr(),
         z_stride,
         weight_address,
-        statistics.data_ptr(),
+        address(statistics),
         dy_rows.data_ptr(),
         dy_stride,
         dz_address,

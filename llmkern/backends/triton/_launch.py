@@ -9,6 +9,8 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +18,41 @@ from llmkern import target
 
 OLDEST = 80  # compute capability * 10: bf16 mma and cp.async
 INTERPRETED = 80  # tiles under the interpreter are those of sm_80
+
+
+class Compilation(NamedTuple):
+    """One way a kernel is compiled, for looking at its code without a card.
+
+    Each <op>.py has `compilations(capability) -> Iterator[Compilation]`: every kernel of the op, in
+    the forms that an ordinary model uses.
+    """
+
+    name: str  # the kernel and what sets this form apart: "norm_fwd 4096 bf16"
+    kernel: Callable  # () -> the JITFunction, so that naming it imports no kernel
+    signature: dict[str, str]  # each argument's Triton type, "constexpr" for those in constexprs
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
+
+
+def compilation(
+    name: str,
+    kernel: Callable,
+    types: dict[str, str | None],
+    flags: dict[str, object],
+    num_warps: int,
+    divisible: tuple[str, ...] = (),
+) -> Compilation:
+    """`types` names the kernel's arguments in their order, None for one that is not passed;
+    `flags` the constexprs, which come last. Pointers are taken to be multiples of 16."""
+    signature = {name: kind or "constexpr" for name, kind in types.items()}
+    signature |= dict.fromkeys(flags, "constexpr")
+    absent = {name: None for name, kind in types.items() if kind is None}
+    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    return Compilation(
+        name, kernel, signature, absent | flags, num_warps, 1, pointers + tuple(divisible)
+    )
 
 
 @functools.cache
@@ -40,6 +77,11 @@ def unavailable(device: str) -> str | None:
     if device == "cuda" or (device == "cpu" and (target.emulated() or interpreted())):
         return None
     return f"it serves cuda tensors, and {device} ones only under llmkern.emulator.device"
+
+
+def unsupported(dtype: torch.dtype) -> str | None:
+    """Why no kernel takes the dtype; None if it does."""
+    return "its kernels compute in float32, not in float64" if dtype == torch.float64 else None
 
 
 def capability(device: torch.device) -> int:

@@ -1,0 +1,305 @@
+// Shared by the attention kernels: tiles of 16-bit rows in shared memory, their products on tensor
+// cores, who sees whom, and dropout. Formulas and axes: llmkern/attention.h.
+//
+// A tile is [rows][kD] with kD = 64 or 128 (head dims in between are filled with 0). A row is 8 or
+// 16 units of 16 bytes; unit u of row r stands at u ^ (r % 8), so that eight consecutive rows at
+// one u, which ldmatrix reads at a time, lie in eight distinct bank groups.
+//
+// Four warps; warp w owns rows 16 w .. 16 w + 15 of the product. Lane l = 4 g + t holds of each
+// block of eight columns (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+#pragma once
+
+#include "common.cuh"
+#include "llmkern/attention.h"
+#include "philox.cuh"
+
+namespace llmkern {
+
+constexpr int kAttentionThreads = 128;
+constexpr int kWarpRows = 16;
+constexpr int kBlockRows = kWarpRows * kAttentionThreads / kWarp;  // 64
+constexpr float kLn2 = 0.69314718f;
+
+// A tensor [B, heads, length, dim]: strides in elements.
+struct Rows {
+  const void* data;
+  int64_t batch, head, row;
+};
+
+struct AttentionParams {
+  Rows q, k, v, out, dout, dq, dk, dv;  // of the gradients, those that the kernel reads or writes
+  int heads, group;                     // group: query heads of a kv head
+  int q_len, kv_len, head_dim, value_dim;
+  float scale;
+  int shift, left, right;
+  const uint8_t* key_mask;  // null, or [B, T]
+  Dropout dropout;
+  float* lse;         // [B, H, S]
+  const float* dlse;  // null, or [B, H, S]
+  float* delta;       // [B, H, S]: sum_j p_ij dp_ij - dlse_i
+};
+
+template <class T>
+__device__ inline const T* slab(const Rows& rows, int batch, int head) {
+  return static_cast<const T*>(rows.data) + batch * rows.batch + head * rows.head;
+}
+
+template <int kD>
+__device__ inline int row_offset(int row, int unit) {
+  static_assert(kD == 64 || kD == 128, "a row is 8 or 16 units");
+  return row * (kD * 2) + ((unit ^ (row & 7)) * 16);
+}
+
+// Rows first .. first + kRows - 1 of a slab by cp.async; those past `count`, those that `keep`
+// leaves out and columns past `dim` become 0. keep: null, or one byte a row.
+template <class T, int kD, int kRows>
+__device__ inline void load_rows(uint32_t shared, const T* slab, int64_t stride, int first,
+                                 int count, int dim, const uint8_t* keep = nullptr) {
+  constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
+  static_assert(kStep % 8 == 0, "the rows of a thread have the same swizzle");
+  const int unit = threadIdx.x % kUnits, line = threadIdx.x / kUnits;
+  const uint32_t to = shared + row_offset<kD>(line, unit);
+  const int bytes = unit * 8 < dim ? 16 : 0;
+  if (first + kRows <= count && keep == nullptr) {
+    const T* from = slab + (first + line) * stride + (bytes > 0 ? unit * 8 : 0);
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride) {
+      ptx::cp_async_cg_16(to + i * kStep * kD * 2, from, bytes);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRows / kStep; ++i) {
+    const int row = first + line + i * kStep;
+    const bool inside = row < count && bytes > 0 && (keep == nullptr || keep[row] != 0);
+    ptx::cp_async_cg_16(to + i * kStep * kD * 2, inside ? slab + row * stride + unit * 8 : slab,
+                        inside ? 16 : 0);
+  }
+}
+
+// Offsets of a lane's ldmatrix rows; add the tile's address and row0 * kD * 2, row0 a multiple of
+// 16. The xor of a multiple of two units commutes with the swizzle.
+template <int kD>
+struct Lanes {
+  int a, b, b_trans;
+
+  __device__ Lanes() {
+    const int lane = threadIdx.x % kWarp, second = (lane / 8) & 1, third = lane / 16;
+    a = row_offset<kD>(second * 8 + lane % 8, third);
+    b = row_offset<kD>(third * 8 + lane % 8, second);
+    b_trans = row_offset<kD>(second * 8 + lane % 8, third);
+  }
+};
+
+__device__ inline void attention_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                     uint32_t b1, BFloat16) {
+  ptx::mma_m16n8k16_bf16(d, a, b0, b1);
+}
+__device__ inline void attention_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                     uint32_t b1, Float16) {
+  ptx::mma_m16n8k16_f16(d, a, b0, b1);
+}
+
+// s [16 rows of a][kN rows of b] = a b^T, both tiles [*][kD].
+template <class T, int kD, int kN>
+__device__ inline void multiply_rows(float (&s)[kN / 8][4], uint32_t a_rows, uint32_t b_rows,
+                                     const Lanes<kD>& lanes) {
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step) {
+    uint32_t a[4];
+    ptx::ldmatrix_x4(a, a_rows + (lanes.a ^ (step * 32)));
+#pragma unroll
+    for (int j = 0; j < kN / 16; ++j) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4(b, b_rows + (lanes.b ^ (step * 32)) + j * 16 * kD * 2);
+      attention_mma(s[2 * j], a, b[0], b[1], T{});
+      attention_mma(s[2 * j + 1], a, b[2], b[3], T{});
+    }
+  }
+}
+
+// sum [16][kD] += p [16][kN] (accumulators of a product before) times the tile [kN][kD].
+template <class T, int kD, int kN>
+__device__ inline void accumulate(float (&sum)[kD / 8][4], const float (&p)[kN / 8][4],
+                                  uint32_t b_rows, const Lanes<kD>& lanes) {
+#pragma unroll
+  for (int step = 0; step < kN / 16; ++step) {
+    const float(&low)[4] = p[2 * step];
+    const float(&high)[4] = p[2 * step + 1];
+    const uint32_t a[4] = {pack_pair(low[0], low[1], T{}), pack_pair(low[2], low[3], T{}),
+                           pack_pair(high[0], high[1], T{}), pack_pair(high[2], high[3], T{})};
+#pragma unroll
+    for (int j = 0; j < kD / 16; ++j) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, b_rows + (lanes.b_trans ^ (j * 32)) + step * 16 * kD * 2);
+      attention_mma(sum[2 * j], a, b[0], b[1], T{});
+      attention_mma(sum[2 * j + 1], a, b[2], b[3], T{});
+    }
+  }
+}
+
+// Columns of a tile that a row sees.
+struct Band {
+  int low, high;
+  __device__ bool sees(int c) const { return c >= low && c <= high; }
+  // Relative to the lane's first column.
+  __device__ Band of_lane() const {
+    const int first = 2 * (threadIdx.x % 4);
+    return {low - first, high - first};
+  }
+};
+
+// Keys that query i sees, as columns of the tile that starts at key j0.
+__device__ inline Band keys_of(const AttentionParams& p, int i, int j0) {
+  return {i + p.shift - p.left - j0, min(i + p.shift + p.right, p.kv_len - 1) - j0};
+}
+
+// Queries that see key j, as columns of the tile that starts at query i0.
+__device__ inline Band queries_of(const AttentionParams& p, int j, bool key_is_kept, int i0) {
+  if (j >= p.kv_len || !key_is_kept) return {1, 0};
+  return {j - p.shift - p.right - i0, min(j - p.shift + p.left, p.q_len - 1) - i0};
+}
+
+// The band hides nothing between queries i0 .. i1 and keys j0 .. j1.
+__device__ inline bool band_covers(const AttentionParams& p, int i0, int i1, int j0, int j1) {
+  return j0 >= i1 + p.shift - p.left && j1 <= i0 + p.shift + p.right;
+}
+
+// Every pair of queries i0 .. i1 and keys j0 .. j1, all of which exist, sees each other.
+__device__ inline bool all_see(const AttentionParams& p, int i0, int i1, int j0, int j1) {
+  return i1 < p.q_len && j1 < p.kv_len && p.key_mask == nullptr && band_covers(p, i0, i1, j0, j1);
+}
+
+struct Range {
+  int first, end;  // tiles
+};
+
+// Tiles of kSize keys that some query of i0 .. i1 sees, or of queries that see some key: columns
+// low .. high that exist.
+template <int kSize>
+__device__ inline Range tiles_of(int low, int high, int length) {
+  low = max(low, 0);
+  high = min(high, length - 1);
+  return low > high ? Range{0, 0} : Range{low / kSize, high / kSize + 1};
+}
+
+template <int kSize>
+__device__ inline Range key_tiles(const AttentionParams& p, int i0, int i1) {
+  return tiles_of<kSize>(i0 + p.shift - p.left, i1 + p.shift + p.right, p.kv_len);
+}
+
+template <int kSize>
+__device__ inline Range query_tiles(const AttentionParams& p, int j0, int j1) {
+  return tiles_of<kSize>(j0 - p.shift - p.right, j1 - p.shift + p.left, p.q_len);
+}
+
+// Bit c: key j0 + c exists and is not masked out; the lane's two columns of block b are bits 8b,
+// 8b + 1 after the shift.
+__device__ inline uint64_t kept_keys(const AttentionParams& p, int batch, int j0) {
+  const int lane = threadIdx.x % kWarp;
+  const uint8_t* mask = p.key_mask + static_cast<int64_t>(batch) * p.kv_len;
+  const uint32_t low = __ballot_sync(kAllLanes, j0 + lane < p.kv_len && mask[j0 + lane] != 0);
+  const int next = j0 + kWarp + lane;
+  const uint32_t high = __ballot_sync(kAllLanes, next < p.kv_len && mask[next] != 0);
+  return (static_cast<uint64_t>(high) << 32 | low) >> (2 * (lane % 4));
+}
+
+// Dropout decisions for a warp's 16 rows x kN columns: one Philox call decides eight keys of one
+// query. Lanes share the calls out and pass each other the bits.
+//
+// Queries as rows: byte 2 * (nb / 4) + half of lane (g, nb % 4): query g + 8 half, key block nb.
+template <int kN>
+__device__ inline void drop_keys(const AttentionParams& p, uint32_t slab, int i0, int j0,
+                                 float (&v)[kN / 8][4], float scale) {
+  static_assert(kN == 64, "eight blocks of keys: two for each lane of four");
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
+  uint32_t mine = 0;
+#pragma unroll
+  for (int call = 0; call < 4; ++call) {
+    const int block = t + call / 2 * 4, row = g + call % 2 * 8;
+    mine |= keep_bits(philox(j0 / 8 + block, i0 + row, slab, kAttentionStream, seed),
+                      p.dropout.threshold)
+            << (8 * call);
+  }
+#pragma unroll
+  for (int source = 0; source < 4; ++source) {
+    const uint32_t bits = __shfl_sync(kAllLanes, mine, g * 4 + source) >> (2 * t);
+#pragma unroll
+    for (int call = 0; call < 4; ++call) {
+      float(&block)[4] = v[source + call / 2 * 4];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& element = block[call % 2 * 2 + e];
+        element = bits >> (8 * call + e) & 1u ? element * scale : 0.0f;
+      }
+    }
+  }
+}
+
+// Keys as rows: byte 2 e + half of lane (nb, t): query 8 nb + 2t + e, keys of block `half`, of
+// which lane g takes bit g.
+template <int kN>
+struct QueryDrop {
+  uint32_t mine = 0;
+
+  __device__ void draw(const AttentionParams& p, uint32_t slab, int i0, int j0) {
+    const int lane = threadIdx.x % kWarp;
+    const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
+#pragma unroll
+    for (int call = 0; call < 4; ++call) {
+      const int query = i0 + lane / 4 % (kN / 8) * 8 + lane % 4 * 2 + call / 2;
+      mine |= keep_bits(philox(j0 / 8 + call % 2, query, slab, kAttentionStream, seed),
+                        p.dropout.threshold)
+              << (8 * call);
+    }
+  }
+
+  __device__ void apply(float (&v)[kN / 8][4], float scale) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int nb = 0; nb < kN / 8; ++nb) {
+      const uint32_t bits = __shfl_sync(kAllLanes, mine, nb * 4 + lane % 4) >> (lane / 4);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& element = v[nb][half * 2 + e];
+          element = bits >> (8 * (2 * e + half)) & 1u ? element * scale : 0.0f;
+        }
+      }
+    }
+  }
+};
+
+// A warp's 16 rows of accumulators, times `scale`, to rows first .. of a slab, through shared
+// memory that only this warp uses, 16 bytes at a time.
+template <class T, int kD>
+__device__ inline void store_rows(uint8_t* shared, const Rows& to, int batch, int head, int first,
+                                  int count, int dim, const float (&sum)[kD / 8][4],
+                                  const float (&scale)[2]) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int j = 0; j < kD / 8; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = row_offset<kD>(g + half * 8, j) + t * 4;
+      *reinterpret_cast<uint32_t*>(shared + at) =
+          pack_pair(sum[j][2 * half] * scale[half], sum[j][2 * half + 1] * scale[half], T{});
+    }
+  }
+  __syncwarp();
+  T* rows = const_cast<T*>(slab<T>(to, batch, head));
+#pragma unroll
+  for (int i = lane; i < kWarpRows * (kD / 8); i += kWarp) {
+    const int row = i / (kD / 8), unit = i % (kD / 8);
+    if (first + row < count && unit * 8 < dim) {
+      *reinterpret_cast<uint4*>(rows + (first + row) * to.row + unit * 8) =
+          *reinterpret_cast<const uint4*>(shared + row_offset<kD>(row, unit));
+    }
+  }
+}
+
+}  // namespace llmkern

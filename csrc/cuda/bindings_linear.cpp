@@ -1,0 +1,74 @@
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "bindings.h"
+
+namespace llmkern {
+namespace {
+
+// (dtype, m, n, k, a strides (m, k), b strides (n, k), up strides (n, k), gated)
+using Shape = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                         int64_t, int64_t, bool>;
+
+GemmShape shape_of(const Shape& t) {
+  return {static_cast<DType>(std::get<0>(t)),
+          std::get<1>(t),
+          std::get<2>(t),
+          std::get<3>(t),
+          {std::get<4>(t), std::get<5>(t)},
+          {{std::get<6>(t), std::get<7>(t)}, {std::get<8>(t), std::get<9>(t)}},
+          std::get<10>(t)};
+}
+
+// (activation, bias, up bias, preact, up preact, residual, residual stride, drop threshold, seed,
+// y, y stride)
+using Epilogue = std::tuple<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
+                            uint32_t, uintptr_t, uintptr_t, int64_t>;
+
+LinearEpilogue epilogue_of(const Epilogue& t) {
+  return {static_cast<Activation>(std::get<0>(t)),
+          {pointer(std::get<1>(t)), pointer(std::get<2>(t))},
+          {pointer(std::get<3>(t)), pointer(std::get<4>(t))},
+          pointer(std::get<5>(t)),
+          std::get<6>(t),
+          std::get<7>(t),
+          pointer<const int64_t>(std::get<8>(t)),
+          pointer(std::get<9>(t)),
+          std::get<10>(t)};
+}
+
+void product(const py::tuple& place, const Shape& shape, uintptr_t a, uintptr_t b, uintptr_t up,
+             const Epilogue& epilogue, bool tf32) {
+  gemm({shape_of(shape), pointer(a), {pointer(b), pointer(up)}, epilogue_of(epilogue), nullptr},
+       tf32, place_of(place));
+}
+
+void backward(const py::tuple& place, int dtype, int64_t rows, int64_t cols, int activation,
+              uintptr_t dy, int64_t dy_stride, uintptr_t preact, uintptr_t up_preact,
+              uint32_t drop_threshold, uintptr_t seed, uintptr_t g, uintptr_t gu, uintptr_t dbias,
+              uintptr_t dup_bias, uintptr_t scratch) {
+  linear_bwd({static_cast<DType>(dtype),
+              rows,
+              cols,
+              static_cast<Activation>(activation),
+              pointer(dy),
+              dy_stride,
+              {pointer(preact), pointer(up_preact)},
+              drop_threshold,
+              pointer<const int64_t>(seed),
+              {pointer(g), pointer(gu)},
+              {pointer(dbias), pointer(dup_bias)},
+              pointer(scratch)},
+             place_of(place));
+}
+
+}  // namespace
+
+void bind_linear(py::module_& m) {
+  m.def("gemm", &product);
+  m.def("linear_bwd", &backward);
+  m.def("linear_bwd_scratch", &linear_bwd_scratch, "Floats of scratch that a bias gradient takes.");
+}
+
+}  // namespace llmkern

@@ -1,0 +1,315 @@
+// LayerNorm and RMSNorm backward; formulas: llmkern/norm.h, layout: norm.cuh. With
+// xhat = (z - mean) rstd and g = dy w:
+//
+//   dz = rstd (g - xhat mean(g xhat) - mean(g)) (+ dz that reached z itself);  dx = drop(dz)
+//   dweight = sum over rows of dy xhat;  dbias = sum over rows of dy
+//
+// (rms: without mean(g)). The weight gradients of a group's rows stay in registers, groups of a
+// block are added in shared memory one after another, blocks by column_sums: no atomics, so the
+// result does not depend on scheduling.
+#include "columns.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "norm.cuh"
+
+namespace llmkern {
+namespace {
+
+struct BwdParams {
+  NormScalars s;
+  const void* z;
+  int64_t z_stride;
+  const void* weight;
+  const float *mean, *rstd;
+  const void* dy;
+  int64_t dy_stride;
+  const void* dz;
+  void *dx, *dresidual;
+  float* partial;  // null, or [blocks][2][cols]: sums of dy xhat, of dy
+  int lanes, rows_per_group;
+};
+
+template <class T>
+__device__ inline void load_xhat_dy(const BwdParams& p, int64_t row, int col, float mean,
+                                    float rstd, float (&xhat)[kPack], float (&dy)[kPack]) {
+  const NormScalars& s = p.s;
+  load_pack(static_cast<const T*>(p.z) + row * p.z_stride, col, s.cols, s.vector, xhat);
+  load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride, col, s.cols, s.vector, dy);
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) xhat[i] = (xhat[i] - mean) * rstd;
+  clear_missing(xhat, col, s);
+}
+
+struct Means {
+  float gx, g;  // of g xhat, of g (0 for rms)
+};
+
+template <class X, class T>
+__device__ inline void store_gradient(const BwdParams& p, int64_t row, int col, float rstd,
+                                      Means mean, const float (&xhat)[kPack],
+                                      const float (&dy)[kPack], const float (&w)[kPack]) {
+  const NormScalars& s = p.s;
+  float d[kPack];
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) d[i] = (dy[i] * w[i] - xhat[i] * mean.gx - mean.g) * rstd;
+  if (p.dz != nullptr) {
+    float dz[kPack];
+    load_pack(static_cast<const T*>(p.dz) + row * s.cols, col, s.cols, s.vector, dz);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) d[i] += dz[i];
+  }
+  if (p.dresidual != nullptr) {
+    store_pack(static_cast<T*>(p.dresidual) + row * s.cols, col, s.cols, s.vector, d);
+  }
+  if (s.dropout.threshold != 0) drop_pack(s.dropout, row * s.cols + col, d);
+  store_pack(static_cast<X*>(p.dx) + row * s.cols, col, s.cols, s.vector, d);
+}
+
+// Adds v of the block's groups, which hold the same columns, into the last group's; first within a
+// warp, then from group to group through shared memory, laid out so that a warp's 16-byte accesses
+// are contiguous.
+__device__ inline void sum_groups(int lanes, int lane, float (&v)[kRowPacks][kPack]) {
+  if (lanes < kWarp) {
+#pragma unroll
+    for (int c = 0; c < kRowPacks; ++c) {
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        for (int step = lanes; step < kWarp; step *= 2) {
+          v[c][i] += __shfl_xor_sync(kAllLanes, v[c][i], step);
+        }
+      }
+    }
+  }
+  const int width = max(lanes, kWarp);  // threads that hold distinct sums
+  const int slot = threadIdx.x % width, group = threadIdx.x / width;
+  const int groups = blockDim.x / width;
+  auto carry = reinterpret_cast<float4*>(shared_bytes);  // [kRowPacks * 2][width]
+  for (int turn = 0; turn < groups; ++turn) {
+    __syncthreads();
+    if (turn != group) continue;
+#pragma unroll
+    for (int c = 0; c < kRowPacks; ++c) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* mine = v[c] + 4 * half;
+        float4& place = carry[(2 * c + half) * width + slot];
+        if (turn > 0) {
+          const float4 sum = place;
+          mine[0] += sum.x, mine[1] += sum.y, mine[2] += sum.z, mine[3] += sum.w;
+        }
+        if (turn + 1 < groups) place = make_float4(mine[0], mine[1], mine[2], mine[3]);
+      }
+    }
+  }
+}
+
+__device__ inline void store_partial(const BwdParams& p, int kind, int lane,
+                                     const float (&v)[kRowPacks][kPack]) {
+  float* row = p.partial + (static_cast<int64_t>(blockIdx.x) * 2 + kind) * p.s.cols;
+#pragma unroll
+  for (int c = 0; c < kRowPacks; ++c) {
+    const int col = (c * p.lanes + lane) * kPack;
+    if (col < p.s.cols) store_pack(row, col, p.s.cols, p.s.cols % kPack == 0, v[c]);
+  }
+}
+
+template <class X, class T>
+__global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_kernel(const BwdParams p) {
+  const NormScalars& s = p.s;
+  const auto [lane, group] = row_place(p.lanes);
+  GroupSum total{reinterpret_cast<float*>(shared_bytes), p.lanes};
+  float w[kRowPacks][kPack], dw[kRowPacks][kPack], db[kRowPacks][kPack];
+#pragma unroll
+  for (int c = 0; c < kRowPacks; ++c) {
+    const int col = (c * p.lanes + lane) * kPack;
+    if (col < s.cols) load_scale(s, p.weight, col, w[c]);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) dw[c][i] = db[c][i] = 0.0f;
+  }
+  for (int r = 0; r < p.rows_per_group; ++r) {
+    const int64_t row = group * p.rows_per_group + r;
+    const bool active = row < s.rows;  // others still take part in the sums
+    const float mean = active && !s.rms ? p.mean[row] : 0.0f;
+    const float rstd = active ? p.rstd[row] : 0.0f;
+    float xhat[kRowPacks][kPack], dy[kRowPacks][kPack];
+    float gx = 0.0f, g = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kRowPacks; ++c) {
+      const int col = (c * p.lanes + lane) * kPack;
+      if (!active || col >= s.cols) continue;
+      load_xhat_dy<T>(p, row, col, mean, rstd, xhat[c], dy[c]);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const float gi = dy[c][i] * w[c][i];
+        gx += gi * xhat[c][i];
+        g += gi;
+        dw[c][i] += dy[c][i] * xhat[c][i];
+        db[c][i] += dy[c][i];
+      }
+    }
+    if (p.dx == nullptr) continue;
+    const Means means{total(gx) * s.inv_cols, s.rms ? 0.0f : total(g) * s.inv_cols};
+    if (!active) continue;
+#pragma unroll
+    for (int c = 0; c < kRowPacks; ++c) {
+      const int col = (c * p.lanes + lane) * kPack;
+      if (col < s.cols) store_gradient<X, T>(p, row, col, rstd, means, xhat[c], dy[c], w[c]);
+    }
+  }
+  if (p.partial == nullptr) return;
+  sum_groups(p.lanes, lane, dw);
+  sum_groups(p.lanes, lane, db);
+  if (threadIdx.x < blockDim.x - p.lanes) return;
+  store_partial(p, 0, lane, dw);
+  store_partial(p, 1, lane, db);
+}
+
+// One block a row, two passes over it; for the input gradient alone.
+template <class X, class T>
+__global__ void __launch_bounds__(kLoopThreads) norm_bwd_loop_kernel(const BwdParams p) {
+  const NormScalars& s = p.s;
+  const int64_t row = blockIdx.x;
+  const int first = threadIdx.x * kPack, step = kLoopThreads * kPack;
+  GroupSum total{reinterpret_cast<float*>(shared_bytes), kLoopThreads};
+  const float mean = s.rms ? 0.0f : p.mean[row], rstd = p.rstd[row];
+  float xhat[kPack], dy[kPack], w[kPack];
+  float gx = 0.0f, g = 0.0f;
+  for (int col = first; col < s.cols; col += step) {
+    load_xhat_dy<T>(p, row, col, mean, rstd, xhat, dy);
+    load_scale(s, p.weight, col, w);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const float gi = dy[i] * w[i];
+      gx += gi * xhat[i];
+      g += gi;
+    }
+  }
+  const Means means{total(gx) * s.inv_cols, s.rms ? 0.0f : total(g) * s.inv_cols};
+  for (int col = first; col < s.cols; col += step) {
+    load_xhat_dy<T>(p, row, col, mean, rstd, xhat, dy);
+    load_scale(s, p.weight, col, w);
+    store_gradient<X, T>(p, row, col, rstd, means, xhat, dy, w);
+  }
+}
+
+// Weight gradients of long rows: a thread sums eight columns over the block's rows.
+template <class T>
+__global__ void __launch_bounds__(kLoopThreads) norm_bwd_columns_kernel(const BwdParams p) {
+  const NormScalars& s = p.s;
+  const int col = (blockIdx.y * kLoopThreads + threadIdx.x) * kPack;
+  if (col >= s.cols) return;
+  float dw[kPack] = {}, db[kPack] = {};
+  for (int r = 0; r < p.rows_per_group; ++r) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * p.rows_per_group + r;
+    if (row >= s.rows) break;
+    float xhat[kPack], dy[kPack];
+    load_xhat_dy<T>(p, row, col, s.rms ? 0.0f : p.mean[row], p.rstd[row], xhat, dy);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      dw[i] += dy[i] * xhat[i];
+      db[i] += dy[i];
+    }
+  }
+  float* partial = p.partial + static_cast<int64_t>(blockIdx.x) * 2 * s.cols;
+  store_pack(partial, col, s.cols, s.cols % kPack == 0, dw);
+  store_pack(partial + s.cols, col, s.cols, s.cols % kPack == 0, db);
+}
+
+// Blocks that the weight gradient is summed in: as many as fill a large card; no more than 1 / 16
+// of the rows, so that partial sums stay a small part of the bytes moved.
+constexpr int kMaxParts = 256;
+
+int64_t bwd_parts(int64_t rows) {
+  const int64_t parts = ceil_div(rows, 16);
+  return parts < kMaxParts ? parts : kMaxParts;
+}
+
+struct BwdPlan {
+  RowPlan row;
+  int64_t blocks;
+};
+
+BwdPlan bwd_plan(int64_t rows, int64_t cols) {
+  RowPlan row = row_plan(cols, 1);
+  const int64_t groups = cols > kMaxRowCols ? 1 : row.threads / row.lanes;
+  row.rows_per_group = static_cast<int>(ceil_div(rows, bwd_parts(rows) * groups));
+  return {row, ceil_div(rows, groups * row.rows_per_group)};
+}
+
+BwdParams bwd_params(const NormBwdArgs& a, const BwdPlan& plan) {
+  const NormShape& s = a.shape;
+  const bool vector = is_vector(a.z, a.z_stride, s.dtype) &&
+                      is_vector(a.dy, a.dy_stride, s.dtype) &&
+                      is_vector(a.weight, 0, s.weight_dtype) && is_vector(a.dz, s.cols, s.dtype) &&
+                      is_vector(a.dx, s.cols, s.x_dtype) && is_vector(a.dresidual, s.cols, s.dtype);
+  const bool sums = a.dweight != nullptr || a.dbias != nullptr;
+  return {norm_scalars(s, vector),
+          a.z,
+          a.z_stride,
+          a.weight,
+          static_cast<const float*>(a.mean),
+          static_cast<const float*>(a.rstd),
+          a.dy,
+          a.dy_stride,
+          a.dz,
+          a.dx,
+          a.dresidual,
+          sums ? static_cast<float*>(a.scratch) : nullptr,
+          plan.row.lanes,
+          plan.row.rows_per_group};
+}
+
+size_t bwd_shared_bytes(const RowPlan& row) {
+  const size_t reduce = 2 * kReduceSlots * sizeof(float);
+  const size_t width = row.lanes > kWarp ? row.lanes : kWarp;
+  const size_t carry = width * kRowPacks * kPack * sizeof(float);
+  return carry > reduce ? carry : reduce;
+}
+
+void long_rows(const NormBwdArgs& a, const BwdPlan& plan, const Place& place) {
+  const NormShape& s = a.shape;
+  const BwdParams params = bwd_params(a, plan);
+  if (a.dx != nullptr) {
+    dispatch_norm(s, [&](auto x, auto t) {
+      launch("norm_bwd_loop", norm_bwd_loop_kernel<decltype(x), decltype(t)>, dim3(s.rows),
+             kLoopThreads, 2 * kReduceSlots * sizeof(float), place, params);
+    });
+  }
+  if (params.partial != nullptr) {
+    const dim3 grid(plan.blocks, ceil_div(s.cols, kLoopThreads * kPack));
+    dispatch_dtype(s.dtype, [&](auto t) {
+      launch("norm_bwd_columns", norm_bwd_columns_kernel<decltype(t)>, grid, kLoopThreads, 0, place,
+             params);
+    });
+  }
+}
+
+}  // namespace
+
+int64_t norm_bwd_scratch(int64_t rows, int64_t cols) {
+  return rows * cols == 0 ? 0 : 2 * cols * bwd_plan(rows, cols).blocks;
+}
+
+void norm_bwd(const NormBwdArgs& a, const Place& place) {
+  const NormShape& s = a.shape;
+  if (s.cols == 0) return;
+  const BwdPlan plan = s.rows == 0 ? BwdPlan{} : bwd_plan(s.rows, s.cols);
+  if (s.rows > 0 && s.cols > kMaxRowCols) {
+    long_rows(a, plan, place);
+  } else if (s.rows > 0) {
+    dispatch_norm(s, [&](auto x, auto t) {
+      launch("norm_bwd", norm_bwd_kernel<decltype(x), decltype(t)>, dim3(plan.blocks),
+             plan.row.threads, bwd_shared_bytes(plan.row), place, bwd_params(a, plan));
+    });
+  }
+  void* outputs[2] = {a.dweight, a.dbias};
+  for (int kind = 0; kind < 2; ++kind) {
+    if (outputs[kind] == nullptr) continue;
+    column_sums(
+        {static_cast<const float*>(a.scratch) + kind * s.cols, 2 * s.cols,
+         static_cast<int>(plan.blocks), static_cast<int>(s.cols), s.weight_dtype, outputs[kind]},
+        place);
+  }
+}
+
+}  // namespace llmkern

@@ -1,0 +1,147 @@
+"""Attention: csrc/cuda/attention_fwd.cu, attention_bwd.cu.
+
+16-bit types, causal and windowed bands, key masks, dropout, grouped heads, head dims that are
+multiples of 8 up to 128. The rest is left to the next backend, by name in `supports`."""
+
+import torch
+from torch import Tensor
+
+from llmkern import random
+from llmkern.backends.cuda import _ext
+from llmkern.backends.cuda._ext import DTYPE_CODES, Launch, address, contiguous
+from llmkern.specs import AttentionSpec
+
+_MAX_DIM = 128
+_UNIT = 8  # elements: what the kernels load at a time
+_MAX_LENGTH = 1 << 28
+_MAX_GRID = 65535  # batch and heads are grid dims y and z
+
+
+def supports(spec: AttentionSpec) -> str | None:
+    asked = {
+        "a bias": spec.bias,
+        "a boolean mask over queries and keys": spec.mask,
+        "ALiBi slopes": spec.slopes,
+        "sinks": spec.sinks,
+        "softcap": spec.softcap > 0.0,
+        "a scale of 0 or less": not spec.scale > 0.0,
+        "float32": spec.dtype == torch.float32,
+    }
+    for name, present in asked.items():
+        if present:
+            return f"its attention kernels do not serve {name}"
+    dims = (spec.head_dim, spec.value_dim)
+    if max(dims) > _MAX_DIM or min(dims) < _UNIT or any(dim % _UNIT for dim in dims):
+        return f"its head dims are multiples of {_UNIT} up to {_MAX_DIM}, got {dims}"
+    if max(spec.q_len, spec.kv_len, abs(spec.shift)) > _MAX_LENGTH:
+        return f"its lengths go up to {_MAX_LENGTH}"
+    if max(spec.batch, spec.heads) > _MAX_GRID:
+        return f"its batches and heads go up to {_MAX_GRID}"
+    return _ext.refusal(spec.device, spec.dtype)
+
+
+def _shape(spec: AttentionSpec, seed: Tensor | None) -> tuple:
+    threshold = random.threshold(spec.dropout_p) if spec.dropout_p else 0
+    return (DTYPE_CODES[spec.dtype], spec.batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len,
+            spec.head_dim, spec.value_dim, spec.scale, spec.shift, spec.left, spec.right, threshold,
+            address(seed))  # fmt: skip
+
+
+def _readable(t: Tensor) -> bool:
+    """Rows of whole 16-byte units, which the kernels read and write in place."""
+    strides = (stride for stride, size in zip(t.stride()[:3], t.shape, strict=False) if size > 1)
+    last = t.stride(3) == 1
+    return last and t.data_ptr() % 16 == 0 and all(stride % _UNIT == 0 for stride in strides)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[B, heads, length, dim] as the kernels read it; a copy only where they cannot."""
+    return t if _readable(t) else t.clone(memory_format=torch.contiguous_format)
+
+
+def _code(t: Tensor | None) -> tuple:
+    return (0, (0, 0, 0)) if t is None else (address(t), t.stride()[:3])
+
+
+def _inputs(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+) -> tuple[tuple, tuple]:
+    """What bindings_attention.cpp calls inputs, and the tensors to keep alive during the call."""
+    alive = (_rows(q), _rows(k), _rows(v))
+    if key_mask is not None:
+        key_mask = key_mask.expand(spec.batch, spec.kv_len).contiguous()
+    return (*(part for t in alive for part in _code(t)), address(key_mask)), (*alive, key_mask)
+
+
+def forward(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    codes, alive = _inputs(spec, q, k, v, key_mask)
+    b, h, s = spec.batch, spec.heads, spec.q_len
+    # transpose_, not transpose: autograd forbids in-place changes to views made in a Function.
+    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype, device=q.device).transpose_(1, 2)
+    lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
+    with Launch(q, spec) as launch:
+        launch.attention_fwd(_shape(spec, seed), codes, _code(out), address(lse))
+    del alive
+    return out, lse
+
+
+def _gradient(wanted: bool, like: Tensor, into: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """(what the kernel writes or None, what is returned): one tensor if the kernel can write it."""
+    if not wanted:
+        return None, like.new_empty(0)
+    result = torch.empty_like(like) if into is None else into
+    if _readable(result):
+        return result, result
+    return torch.empty(result.shape, dtype=result.dtype, device=result.device), result
+
+
+def backward(
+    spec: AttentionSpec,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wants: list[bool],
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    codes, alive = _inputs(spec, q, k, v, key_mask)
+    out, dout, lse, dlse = _rows(out), _rows(dout), lse.contiguous(), contiguous(dlse)
+    pairs = [_gradient(*of) for of in zip(wants[:3], (q, k, v), (dq, dk, dv), strict=True)]
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    with Launch(q, spec) as launch:
+        launch.attention_bwd(
+            _shape(spec, seed),
+            codes,
+            (*_code(out), *_code(dout)),
+            address(lse),
+            address(dlse),
+            tuple(part for rows, _ in pairs for part in _code(rows)),
+            address(delta),
+        )
+    del alive
+    for rows, result in pairs:
+        if rows is not None and rows is not result:
+            result.copy_(rows)
+    return (*(result for _, result in pairs), q.new_empty(0), q.new_empty(0))

@@ -1,0 +1,463 @@
+"""Attention: attention_*_kernels.py. Contract: backends/reference/attention.py."""
+
+import importlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llmkern import random
+from llmkern.backends.triton import _launch
+from llmkern.backends.triton import tiles_attention as tiles
+from llmkern.backends.triton._launch import Compilation, compilation
+from llmkern.specs import UNBOUNDED, AttentionSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIM = 256  # at most: the accumulators of a tile must fit in registers
+
+
+def supports(spec: AttentionSpec) -> str | None:
+    if max(spec.head_dim, spec.value_dim) > HEAD_DIM:
+        return f"head dims up to {HEAD_DIM}, got {spec.head_dim} and {spec.value_dim}"
+    return _launch.unsupported(spec.dtype) or _launch.unavailable(spec.device)
+
+
+def _precision() -> str:
+    """Of products of float32 operands: what torch's own products use."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 on; covers the older switches too
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+MOST_STRIDE = 1 << 24  # of rows: 128 of them are a tile, in which offsets have 32 bits
+
+
+def _in_place(t: Tensor) -> bool:
+    """Can kernels read and write [B, heads, length, dim] where it lies?"""
+    return (t.stride(3) == 1 or t.shape[3] <= 1) and (t.stride(2) < MOST_STRIDE or t.shape[2] == 1)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The tensor, or a copy that kernels can read in place."""
+    return t if _in_place(t) else t.contiguous()
+
+
+def _sizes(spec: AttentionSpec) -> dict[str, int]:
+    """Lengths and band, which fit 32 bits: a limit beyond all places is no limit."""
+    far = spec.q_len + spec.kv_len + abs(spec.shift)
+    return dict(heads=spec.heads, kv_heads=spec.kv_heads, q_len=spec.q_len, kv_len=spec.kv_len,
+                shift=spec.shift, left=min(spec.left, far), right=min(spec.right, far))  # fmt: skip
+
+
+def _numbers(spec: AttentionSpec) -> dict[str, float]:
+    threshold = random.threshold(spec.dropout_p) if spec.dropout_p else 0
+    return dict(scale=spec.scale, softcap=spec.softcap, threshold=threshold,
+                drop_scale=random.scale(spec.dropout_p))  # fmt: skip
+
+
+def _strides(name: str, t: Tensor) -> dict[str, int]:
+    """Strides of [B, heads, length, dim] but the last, which is 1."""
+    letters = "bht" if name in ("k", "v", "dk", "dv") else "bhs"
+    of = zip(letters.replace("t", "s"), t.stride(), strict=False)
+    return {f"{name}_stride_{axis}": stride for axis, stride in of}
+
+
+def _broadcast(name: str, t: Tensor | None, spec: AttentionSpec) -> dict[str, int]:
+    """Strides over [B, H, S, T], 0 where `t` has one element."""
+    strides = (0, 0, 0, 0)
+    if t is not None:
+        strides = t.expand(spec.batch, spec.heads, spec.q_len, spec.kv_len).stride()
+    return {f"{name}_stride_{axis}": stride for axis, stride in zip("bhij", strides, strict=True)}
+
+
+def _sides(
+    spec: AttentionSpec,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+) -> dict[str, object]:
+    """Pointers and strides of what goes with q, k and v."""
+    if mask is not None:
+        mask = mask.view(torch.uint8)
+    if key_mask is not None:
+        key_mask = key_mask.expand(spec.batch, spec.kv_len).contiguous().view(torch.uint8)
+    slopes_stride = 0
+    if slopes is not None:
+        slopes = slopes.expand(spec.batch, spec.heads)
+        slopes = slopes if slopes.stride(1) == 1 else slopes.contiguous()
+        slopes_stride = slopes.stride(0)
+    return dict(bias=bias, mask=mask, key_mask=key_mask, slopes=slopes,
+                **_broadcast("bias", bias, spec), **_broadcast("mask", mask, spec),
+                slopes_stride_b=slopes_stride)  # fmt: skip
+
+
+def forward(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    b, h, s = spec.batch, spec.heads, spec.q_len
+    # transpose_, not transpose: autograd forbids in-place changes to views made in a Function.
+    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype, device=q.device).transpose_(1, 2)
+    lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
+    if b * h * s == 0:
+        return out, lse
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    inputs = dict(q=q, k=k, v=v, seed=seed, **_strides("q", q), **_strides("k", k),
+                  **_strides("v", v), **_sides(spec, bias, mask, key_mask, slopes),
+                  **_sizes(spec), **_numbers(spec))  # fmt: skip
+    sinks = None if sinks is None else sinks.contiguous()
+    with _launch.guard(q.device):
+        chunk = tiles.pick_chunk(spec)
+        if chunk:
+            _forward_in_parts(spec, inputs, sinks, out, lse, chunk)
+        else:
+            _launch_forward(spec, inputs, sinks, out, lse, out, 0)
+    return out, lse
+
+
+def _launch_forward(spec, inputs, sinks, out, lse, like, chunk):
+    """like: has the strides of out [B, H, S, Dv]; out itself may be a stack of such."""
+    from llmkern.backends.triton.attention_fwd_kernels import attention_fwd
+
+    shape = tiles.form(spec, _precision())
+    tile = tiles.pick_forward(spec, shape, _launch.capability(out.device))
+    heads = spec.kv_heads if shape.packed else spec.heads
+    programs = -(-tiles.rows(spec) // tile.block_m) * spec.batch * heads
+    attention_fwd[programs, -(-spec.kv_len // chunk) if chunk else 1](
+        **inputs,
+        sinks=sinks,
+        out=out,
+        lse=lse,
+        **_strides("out", like),
+        chunk=chunk,
+        part_rows=spec.batch * spec.heads * spec.q_len,
+        FORM=shape._replace(sinks=sinks is not None),
+        **tiles.launch(tile),
+    )
+
+
+def _forward_in_parts(spec, inputs, sinks, out, lse, chunk):
+    from llmkern.backends.triton.attention_split_kernels import attention_combine
+
+    parts = -(-spec.kv_len // chunk)
+    rows = spec.batch * spec.heads * spec.q_len
+    part_out = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+    part_lse = torch.empty(parts, rows, dtype=torch.float32, device=out.device)
+    _launch_forward(spec, inputs, None, part_out, part_lse, part_out[0], chunk)
+    shape = tiles.form(spec, _precision())
+    tile = tiles.pick_combine(shape)
+    attention_combine[(-(-rows // tile.block_m),)](
+        part_out,
+        part_lse,
+        sinks,
+        out,
+        lse,
+        *out.stride()[:3],
+        spec.heads,
+        spec.q_len,
+        rows,
+        parts,
+        FORM=shape,
+        BLOCK_R=tile.block_m,
+        num_warps=tile.num_warps,
+    )
+
+
+def _gradient(wanted: bool, like: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(what the kernel writes, what is returned): one tensor if its layout allows."""
+    if not wanted:
+        return torch.empty_like(like, memory_format=torch.contiguous_format), like.new_empty(0)
+    result = torch.empty_like(like) if into is None else into
+    if _in_place(result):
+        return result, result
+    return torch.empty(result.shape, dtype=result.dtype, device=result.device), result
+
+
+def backward(
+    spec: AttentionSpec,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wants: list[bool],
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    empty = q.new_empty(0)
+    q, k, v, dout, out = (_rows(t) for t in (q, k, v, dout, out))
+    pairs = [_gradient(*of) for of in zip(wants[:3], (q, k, v), (dq, dk, dv), strict=True)]
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if wants[3] else empty
+    dsinks = torch.empty(spec.heads, dtype=torch.float32, device=q.device) if wants[4] else empty
+    shape = tiles.form(spec, _precision())
+    with _launch.guard(q.device):
+        rows = _launch_levels(spec, shape, dout, out, lse, dlse)
+        inputs = dict(q=q, k=k, v=v, seed=seed, dout=dout, **rows, **_strides("q", q),
+                      **_strides("k", k), **_strides("v", v), **_strides("dout", dout),
+                      **_sides(spec, bias, mask, key_mask, slopes), **_sizes(spec),
+                      **_numbers(spec), FORM=shape)  # fmt: skip
+        if wants[1] or wants[2]:
+            _launch_keys(spec, inputs, pairs[1][0], pairs[2][0])
+        if wants[0]:
+            _launch_queries(spec, inputs, pairs[0][0])
+        if wants[3]:
+            _launch_bias(spec, inputs, dbias)
+        if wants[4]:
+            _launch_sinks(spec, sinks, lse, rows["delta"], dsinks)
+    for written, result in pairs:
+        if written is not result and result.dim() == 4:
+            result.copy_(written)
+    return (*(result for _, result in pairs), dbias, dsinks)
+
+
+def _launch_levels(spec, shape, dout, out, lse, dlse) -> dict[str, Tensor]:
+    from llmkern.backends.triton.attention_bwd_kernels import attention_levels
+
+    lse = lse.contiguous()
+    level, delta = (torch.empty_like(lse) for _ in range(2))
+    tile = tiles.pick_rows(shape)
+    programs = -(-lse.numel() // tile.block_m)
+    if programs:
+        attention_levels[(programs,)](
+            out,
+            dout,
+            lse,
+            None if dlse is None else dlse.contiguous(),
+            level,
+            delta,
+            *out.stride()[:3],
+            *dout.stride()[:3],
+            spec.heads,
+            spec.q_len,
+            lse.numel(),
+            spec.scale,
+            FORM=shape,
+            BLOCK_R=tile.block_m,
+            num_warps=tile.num_warps,
+        )
+    return dict(level=level, delta=delta)
+
+
+def _launch_keys(spec, inputs, dk, dv):
+    from llmkern.backends.triton.attention_bwd_kernels import attention_bwd_keys
+
+    tile = tiles.pick_keys(spec, inputs["FORM"], _launch.capability(dk.device))
+    programs = -(-spec.kv_len // tile.block_n) * spec.batch * spec.kv_heads
+    if programs:
+        attention_bwd_keys[(programs,)](
+            **inputs,
+            dk=dk,
+            dv=dv,
+            **_strides("dk", dk),
+            **_strides("dv", dv),
+            **tiles.launch(tile),
+        )
+
+
+def _launch_queries(spec, inputs, dq):
+    from llmkern.backends.triton.attention_bwd_query_kernels import attention_bwd_queries
+
+    tile = tiles.pick_queries(spec, inputs["FORM"], _launch.capability(dq.device))
+    programs = -(-spec.q_len // tile.block_m) * spec.batch * spec.heads
+    if programs:
+        attention_bwd_queries[(programs,)](
+            **inputs, dq=dq, **_strides("dq", dq), **tiles.launch(tile)
+        )
+
+
+def _launch_bias(spec, inputs, dbias):
+    from llmkern.backends.triton.attention_bwd_side_kernels import attention_bwd_bias
+
+    tile = tiles.pick_bias(spec, inputs["FORM"], _launch.capability(dbias.device))
+    full = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
+    wide = tiles.Wide(*(n == 1 for n in dbias.shape))
+    blocks = (1, 1, tile.block_m, tile.block_n)
+    programs = 1
+    for alone, n, block in zip(wide, full, blocks, strict=True):
+        programs *= 1 if alone else -(-n // block)
+    if programs:
+        strides = zip("bhij", dbias.stride(), strict=True)
+        attention_bwd_bias[(programs,)](
+            **inputs,
+            dbias=dbias,
+            **{f"dbias_stride_{axis}": stride for axis, stride in strides},
+            batch=spec.batch,
+            WIDE=wide,
+            **tiles.launch(tile),
+        )
+
+
+def _launch_sinks(spec, sinks, lse, delta, dsinks):
+    from llmkern.backends.triton.attention_bwd_side_kernels import attention_bwd_sinks
+
+    if spec.heads:
+        attention_bwd_sinks[(spec.heads,)](
+            sinks.contiguous(),
+            lse.contiguous(),
+            delta,
+            dsinks,
+            spec.batch,
+            spec.heads,
+            spec.q_len,
+            BLOCK=tiles.SINK_BLOCK,
+        )
+
+
+def compilations(capability: int) -> Iterator[Compilation]:
+    """Every kernel in the forms that 2048 queries and keys take, by head dim and dtype."""
+    causal = dict(right=0)
+    everything = dict(right=0, left=512, dropout_p=0.1, softcap=30.0, bias=True, mask=True,
+                      key_mask=True, slopes=True, sinks=True)  # fmt: skip
+    for dim in (64, 96, 128, 256):
+        for dtype in DTYPES:
+            yield from _forms(_example(dtype, dim, **causal), "causal", capability)
+    yield from _forms(_example(torch.bfloat16, 128), "full", capability)
+    yield from _forms(_example(torch.bfloat16, 64, **causal, dropout_p=0.1), "dropout", capability)
+    yield from _forms(_example(torch.bfloat16, 64, **everything), "everything", capability)
+    yield from _forms(_example(torch.float32, 64, **everything), "everything", capability)
+    yield from _side_forms(_example(torch.bfloat16, 64, **everything), capability)
+    decode = _example(torch.bfloat16, 128, **causal, shift=2047, q_len=1, kv_heads=2)
+    yield _forward_form(decode, "decode", capability)
+    yield _combine_form(decode)
+
+
+def _example(dtype: torch.dtype, head_dim: int, **changes) -> AttentionSpec:
+    plain = AttentionSpec(
+        dtype, "cuda", 2, 8, 8, 2048, 2048, head_dim, head_dim, head_dim**-0.5, 0.0, 0, UNBOUNDED,
+        UNBOUNDED, 0.0, False, False, False, False, False)  # fmt: skip
+    return plain._replace(**changes)
+
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_SIDES = ("bias", "mask", "key_mask", "slopes")
+
+
+def _typed(
+    spec: AttentionSpec, first: dict, last: tuple[str, ...], counts: str
+) -> tuple[dict[str, str | None], tuple[str, ...]]:
+    """(the arguments' types, strides): inputs, `first` ones, strides of these and of `last`."""
+    pointer = "*" + _TYPES[spec.dtype]
+    kinds = ("*fp32", "*u8", "*u8", "*fp32")
+    sides = {n: k if getattr(spec, n) else None for n, k in zip(_SIDES, kinds, strict=True)}
+    rows = [f"{name}_stride_{axis}" for name in "qkv" for axis in "bhs"]
+    rows += [f"{name}_stride_{axis}" for name in ("bias", "mask") for axis in "bhij"]
+    rows += ["slopes_stride_b"] + [f"{name}_stride_{axis}" for name in last for axis in "bhs"]
+    types = {"q": pointer, "k": pointer, "v": pointer, **sides, **first}
+    types |= dict.fromkeys(rows, "i32") | dict.fromkeys(counts.split(), "i32")
+    types |= {"scale": "fp32", "softcap": "fp32", "threshold": "i32", "drop_scale": "fp32"}
+    return types, tuple(name for name in rows if not name.endswith("_j"))
+
+
+_COUNTS = "heads kv_heads q_len kv_len shift left right"
+
+
+def _form_of(name, kernel, spec, typed, tile, shape) -> Compilation:
+    flags = {"FORM": shape, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    form = compilation(name, kernel, typed[0], flags, tile.num_warps, typed[1])
+    contiguous = {"bias_stride_j": 1, "mask_stride_j": 1}
+    return form._replace(
+        num_stages=tile.num_stages,
+        signature=form.signature | dict.fromkeys(contiguous, "constexpr"),
+        constexprs=form.constexprs | contiguous,
+    )
+
+
+def _forward_form(spec: AttentionSpec, kind: str, capability: int) -> Compilation:
+    from_module = "llmkern.backends.triton.attention_fwd_kernels"
+    shape = tiles.form(spec, "tf32")._replace(sinks=spec.sinks and not tiles.pick_chunk(spec))
+    pointer = "*" + _TYPES[spec.dtype]
+    first = {"sinks": "*fp32" if shape.sinks else None, "seed": "*i64" if shape.dropout else None,
+             "out": "*fp32" if shape.split else pointer, "lse": "*fp32"}  # fmt: skip
+    typed = _typed(spec, first, ("out",), f"{_COUNTS} chunk part_rows")
+    return _form_of(f"attention_fwd D{spec.head_dim} {_TYPES[spec.dtype]} {kind}",
+                    _named(from_module, "attention_fwd"), spec, typed,
+                    tiles.pick_forward(spec, shape, capability), shape)  # fmt: skip
+
+
+def _forms(spec: AttentionSpec, kind: str, capability: int) -> Iterator[Compilation]:
+    yield _forward_form(spec, kind, capability)
+    shape = tiles.form(spec, "tf32")
+    pointer = "*" + _TYPES[spec.dtype]
+    first = {"seed": "*i64" if shape.dropout else None, "dout": pointer, "level": "*fp32",
+             "delta": "*fp32"}  # fmt: skip
+    for kernel, module, outs, pick in (
+        ("attention_bwd_keys", "attention_bwd_kernels", ("dk", "dv"), tiles.pick_keys),
+        ("attention_bwd_queries", "attention_bwd_query_kernels", ("dq",), tiles.pick_queries),
+    ):
+        typed = _typed(spec, first | dict.fromkeys(outs, pointer), ("dout", *outs), _COUNTS)
+        yield _form_of(f"{kernel} D{spec.head_dim} {_TYPES[spec.dtype]} {kind}",
+                       _named(f"llmkern.backends.triton.{module}", kernel), spec, typed,
+                       pick(spec, shape, capability), shape)  # fmt: skip
+
+
+def _named(module: str, kernel: str):
+    return lambda: getattr(importlib.import_module(module), kernel)
+
+
+def _side_forms(spec: AttentionSpec, capability: int) -> Iterator[Compilation]:
+    """What else backward launches, for a bias [1, H, S, T]."""
+    shape, pointer = tiles.form(spec, "tf32"), "*" + _TYPES[spec.dtype]
+    module = "llmkern.backends.triton.attention_bwd_side_kernels"
+    first = {"seed": "*i64", "dout": pointer, "level": "*fp32", "delta": "*fp32", "dbias": "*fp32"}
+    types, divisible = _typed(spec, first, ("dout", "dbias"), f"batch {_COUNTS}")
+    renamed = {"dbias_stride_s": "dbias_stride_i"}
+    types = {renamed.get(name, name): kind for name, kind in types.items()}
+    order = list(types)
+    order.insert(order.index("dbias_stride_i") + 1, "dbias_stride_j")
+    types = {name: types.get(name, "i32") for name in order}
+    form = _form_of("attention_bwd_bias D64 bf16", _named(module, "attention_bwd_bias"), spec,
+                    (types, divisible), tiles.pick_bias(spec, shape, capability),
+                    shape)  # fmt: skip
+    order = [name for name in form.signature if name[:5] != "BLOCK"]
+    signature = dict.fromkeys([*order, "WIDE", "BLOCK_M", "BLOCK_N"], "constexpr")
+    yield form._replace(
+        signature=signature | form.signature,
+        constexprs=form.constexprs | {"WIDE": tiles.Wide(True, False, False, False)},
+        divisible=tuple(renamed.get(name, name) for name in form.divisible),
+    )
+    types = {"sinks": "*fp32", "lse": "*fp32", "delta": "*fp32", "dsinks": "*fp32", "batch": "i32",
+             "heads": "i32", "q_len": "i32"}  # fmt: skip
+    yield compilation("attention_bwd_sinks", _named(module, "attention_bwd_sinks"), types,
+                      {"BLOCK": tiles.SINK_BLOCK}, 4)  # fmt: skip
+    rows = [f"{name}_stride_{axis}" for name in ("out", "dout") for axis in "bhs"]
+    types = {"out": pointer, "dout": pointer, "lse": "*fp32", "dlse": None, "level": "*fp32",
+             "delta": "*fp32", **dict.fromkeys([*rows, "heads", "q_len", "rows"], "i32"),
+             "scale": "fp32"}  # fmt: skip
+    tile = tiles.pick_rows(shape)
+    yield compilation("attention_levels D64 bf16",
+                      _named("llmkern.backends.triton.attention_bwd_kernels", "attention_levels"),
+                      types, {"FORM": shape, "BLOCK_R": tile.block_m}, tile.num_warps,
+                      tuple(rows))  # fmt: skip
+
+
+def _combine_form(spec: AttentionSpec) -> Compilation:
+    shape = tiles.form(spec, "tf32")
+    tile = tiles.pick_combine(shape)
+    types = {"part_out": "*fp32", "part_lse": "*fp32", "sinks": None, "out": "*bf16",
+             "lse": "*fp32", "out_stride_b": "i32", "out_stride_h": "i32", "out_stride_s": "i32",
+             "heads": "i32", "q_len": "i32", "rows": "i32", "parts": "i32"}  # fmt: skip
+    divisible = ("out_stride_b", "out_stride_h", "out_stride_s")
+    return compilation("attention_combine D128 bf16",
+                       _named("llmkern.backends.triton.attention_split_kernels",
+                              "attention_combine"), types,
+                       {"FORM": shape, "BLOCK_R": tile.block_m}, tile.num_warps,
+                       divisible)  # fmt: skip

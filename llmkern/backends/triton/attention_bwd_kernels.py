@@ -1,0 +1,330 @@
+"""Attention backward with recomputed probabilities (Dao, "FlashAttention-2", 2023).
+
+    p_ij = exp(s_ij - lse_i), dropped and scaled in o and dv;  dp_ij = drop(<do_i, v_j>)
+    delta_i = <do_i, o_i> - dlse_i;                            ds_ij = p_ij (dp_ij - delta_i)
+    dv_j = sum_i drop(p_ij) do_i;  dk_j = scale sum_i ds_ij q_i;  dq_i = scale sum_j ds_ij k_j
+
+One pass for dk and dv by blocks of keys, which also sums over the query heads of a kv head, and one
+for dq by blocks of queries: each sum belongs to one program, in an order that the lengths decide.
+The first works on transposed tiles [keys, queries], whose p and ds are then left operands as they
+lie. Index conventions and the meaning of FORM, size, side, rule: attention_mask_kernels.py.
+"""
+
+import triton
+import triton.language as tl
+
+from llmkern.backends.triton.attention_mask_kernels import (
+    CAREFUL_COLUMNS,
+    CAREFUL_QUERIES,
+    INFINITY,
+    LOG2E,
+    band,
+    careful_result,
+    careful_sum,
+    kept,
+    load_columns,
+    load_rows,
+    not_finite,
+    open_head,
+    open_sides,
+    store_rows,
+    tile_scores,
+)
+from llmkern.backends.triton.philox_kernels import load_keys
+
+
+@triton.jit
+def pair_gradients(qk, dp, keep, i, j, i0, j0, level, delta, offsets, size, side, rule, drop_scale,
+                   OF_BIAS: tl.constexpr, FORM: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """(p as dv takes it but for drop_scale, ds, visible) of a tile, from <q, k> and <do, v>. ds is
+    the gradient of <q, k> scale, which softcap acts on, or OF_BIAS of what is added after it."""
+    bias_rows, mask_rows, slope = offsets
+    s, visible, derivative = tile_scores(qk, i, j, i0, j0, bias_rows, mask_rows, slope, size, side,
+                                         rule, FORM, EDGE)  # fmt: skip
+    if FORM.sharp:
+        p = tl.exp2((s - level) * rule[0])
+    else:
+        p = tl.exp2(s * rule[0] - level)
+    if EDGE or FORM.masked:
+        p = tl.where(visible, p, 0.0)
+    weights = p
+    if FORM.dropout:
+        weights = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * drop_scale, 0.0)
+    ds = p * (dp - delta)
+    if FORM.softcap and not OF_BIAS:
+        ds = ds * derivative
+    if EDGE or FORM.masked:
+        ds = tl.where(visible, ds, 0.0)
+    return weights, ds, visible
+
+
+@triton.jit
+def load_levels(rows, at, i, q_len, EDGE: tl.constexpr):
+    """(level, delta) of queries i, as `attention_levels` stored them from `at` on."""
+    level, delta = rows
+    if EDGE:  # a query that does not exist has p = exp2(-inf)
+        return (tl.load(level + at + i, mask=i < q_len, other=INFINITY),
+                tl.load(delta + at + i, mask=i < q_len, other=0.0))  # fmt: skip
+    return tl.load(level + at + i), tl.load(delta + at + i)
+
+
+@triton.jit(do_not_specialize=["q_len", "rows"])
+def attention_levels(
+    out,
+    dout,
+    lse,
+    dlse,
+    level,
+    delta,
+    out_stride_b,
+    out_stride_h,
+    out_stride_s,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_s,
+    heads,
+    q_len,
+    rows,
+    scale,
+    FORM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """What backward needs of each row (b * H + h) * S + i: delta, and lse as `pair_gradients` takes
+    it, +inf for rows that see nothing."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = r < rows
+    i = r % q_len
+    head = r // q_len % heads
+    b = r // q_len // heads
+    c = tl.arange(0, FORM.block_dv)
+    inside = live[:, None] & (c < FORM.value_dim)[None, :]
+    at = b * out_stride_b + head * out_stride_h + i * out_stride_s
+    o = tl.load(out + at[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = b * dout_stride_b + head * dout_stride_h + i * dout_stride_s
+    do = tl.load(dout + at[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    pull = tl.sum(o * do, 1)
+    if dlse is not None:
+        pull = pull - tl.load(dlse + r, mask=live, other=0.0)
+    tl.store(delta + r, pull, mask=live)
+    row = tl.load(lse + r, mask=live, other=0.0)
+    if not FORM.sharp:
+        known = row * LOG2E
+    elif FORM.natural:
+        known = row
+    else:
+        known = row / scale
+    tl.store(level + r, tl.where(row == -INFINITY, INFINITY, known), mask=live)
+
+
+@triton.jit
+def key_tiles(kt, vt, q, do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule, drop,
+              FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):  # fmt: skip
+    """(weights, ds, visible), all [BLOCK_N, BLOCK_M], and the rows of q and do of block i0."""
+    q_len = size[0]
+    keys, threshold, drop_scale = drop
+    q_base, q_stride = q
+    do_base, do_stride = do
+    qt = load_rows(q_base, i0, q_stride, q_len, BLOCK_M, FORM.head_dim, FORM.block_d, EDGE)
+    level, delta = load_levels(rows, at, i, q_len, EDGE)
+    qk = tl.dot(kt, tl.trans(qt), input_precision=FORM.precision)
+    dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim, FORM.block_dv, EDGE)
+    dp = tl.dot(vt, tl.trans(dot), input_precision=FORM.precision)
+    keep = False
+    if FORM.dropout:
+        keep = tl.trans(kept(keys, slab, i, j0, threshold, BLOCK_N))
+    weights, ds, visible = pair_gradients(
+        qk, dp, keep, tl.arange(0, BLOCK_M)[None, :], j[:, None], i0, 0, level[None, :],
+        delta[None, :], offsets, size, side, rule, drop_scale, False, FORM, EDGE
+    )  # fmt: skip
+    return weights, ds, visible, qt, dot
+
+
+@triton.jit
+def gather_queries(dk, dv, kt, vt, q, do, rows, begin, end, j0, b, head, heads, strides, size,
+                   side, rule, drop, FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr):  # fmt: skip
+    """dk (but for scale) and dv (but for drop_scale) of a block of keys, brought forward over the
+    queries begin .. end of one head. q, do: whole tensors."""
+    bias_strides, mask_strides, slopes = strides
+    slab = b * heads + head
+    at = tl.cast(slab, tl.int64) * size[0]
+    of_q = open_head(b, head, q)
+    of_do = open_head(b, head, do)
+    j = j0 + tl.arange(0, BLOCK_N)
+    for i0 in range(begin, end, BLOCK_M):
+        i0 = tl.multiple_of(i0, BLOCK_M)
+        i = i0 + tl.arange(0, BLOCK_M)
+        offsets = open_sides(b, head, i, bias_strides, mask_strides, slopes, 0, FORM)
+        weights, ds, visible, qt, dot = key_tiles(
+            kt, vt, of_q, of_do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule, drop,
+            FORM, EDGE, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+        dv = tl.dot(weights.to(dot.dtype), dot, dv, input_precision=FORM.precision)
+        dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=FORM.precision)
+    return dk, dv
+
+
+@triton.jit
+def gather_carefully(result, result_stride, scale, kt, vt, q, do, rows, begin, end, j0, b,
+                     first_head, group, heads, strides, size, side, rule, drop, OF_V: tl.constexpr,
+                     FORM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Overwrite the block's rows of dv (OF_V) or dk with what `gather_queries` gives, had hidden
+    rows of do and q been finite; a few columns at a time. q, do: whole tensors."""
+    bias_strides, mask_strides, slopes = strides
+    q_len = size[0]
+    kv_len = size[1]
+    j = j0 + tl.arange(0, BLOCK_N)
+    width: tl.constexpr = FORM.block_dv if OF_V else FORM.block_d
+    cols: tl.constexpr = FORM.value_dim if OF_V else FORM.head_dim
+    for column in range(0, width, CAREFUL_COLUMNS):
+        zero = tl.zeros([BLOCK_N, CAREFUL_COLUMNS], tl.float32)
+        totals = (zero, zero, zero)
+        for n in range(group):
+            head = first_head + n
+            slab = b * heads + head
+            at = tl.cast(slab, tl.int64) * q_len
+            of_q = open_head(b, head, q)
+            of_do = open_head(b, head, do)
+            for i0 in tl.range(begin, end, CAREFUL_QUERIES, num_stages=1):
+                i = i0 + tl.arange(0, CAREFUL_QUERIES)
+                offsets = open_sides(b, head, i, bias_strides, mask_strides, slopes, 0, FORM)
+                weights, ds, visible, qt, dot = key_tiles(
+                    kt, vt, of_q, of_do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule,
+                    drop, FORM, True, CAREFUL_QUERIES, BLOCK_N
+                )  # fmt: skip
+                base, stride = of_q
+                if OF_V:
+                    base, stride = of_do
+                    ds = weights
+                met = load_columns(base, i0, stride, q_len, column, cols, CAREFUL_QUERIES,
+                                   CAREFUL_COLUMNS)  # fmt: skip
+                visible = visible & (i < q_len)[None, :]
+                ds = tl.where(visible, ds, 0.0)
+                totals = careful_sum(totals, ds, visible, met, FORM.precision)
+        store_rows(result, j0, result_stride, kv_len, column, cols,
+                   careful_result(totals) * scale)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "shift", "left", "right", "threshold"])
+def attention_bwd_keys(
+    q,
+    k,
+    v,
+    bias,
+    mask,
+    key_mask,
+    slopes,
+    seed,
+    dout,
+    level,
+    delta,
+    dk,
+    dv,
+    q_stride_b,
+    q_stride_h,
+    q_stride_s,
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_i,
+    bias_stride_j,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_i,
+    mask_stride_j,
+    slopes_stride_b,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_s,
+    dk_stride_b,
+    dk_stride_h,
+    dk_stride_s,
+    dv_stride_b,
+    dv_stride_h,
+    dv_stride_s,
+    heads,
+    kv_heads,
+    q_len,
+    kv_len,
+    shift,
+    left,
+    right,
+    scale,
+    softcap,
+    threshold,
+    drop_scale,
+    FORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk [B, G, T, D] and dv [B, G, T, Dv]; grid: (blocks of keys * B * G,)."""
+    tiles = tl.cdiv(kv_len, BLOCK_N)
+    unit = tl.program_id(0) // tiles
+    b, kv_head, group = unit // kv_heads, unit % kv_heads, heads // kv_heads
+    j0 = tl.program_id(0) % tiles * BLOCK_N
+    if FORM.key_mask:
+        key_mask += tl.cast(b, tl.int64) * kv_len
+    size = (q_len, kv_len, shift, left, right)
+    side = (bias, bias_stride_j, mask, mask_stride_j, key_mask)
+    factor = LOG2E if FORM.natural else scale * LOG2E
+    rule = (factor, scale, softcap)
+    drop = (seed, threshold, drop_scale)
+    if FORM.dropout:
+        drop = (load_keys(seed), threshold, drop_scale)
+    strides = (
+        (bias_stride_b, bias_stride_h, bias_stride_i),
+        (mask_stride_b, mask_stride_h, mask_stride_i),
+        (slopes, slopes_stride_b),
+    )
+    k_base, k_stride = open_head(b, kv_head, (k, k_stride_b, k_stride_h, k_stride_s))
+    v_base, v_stride = open_head(b, kv_head, (v, v_stride_b, v_stride_h, v_stride_s))
+    kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, True)
+    vt = load_rows(v_base, j0, v_stride, kv_len, BLOCK_N, FORM.value_dim, FORM.block_dv, True)
+    last = tl.minimum(j0 + BLOCK_N, kv_len) - 1
+    begin, full_begin, full_end, end = band(
+        j0, last, q_len, -shift, right, left, FORM.right, FORM.left, BLOCK_M
+    )
+    if FORM.tail_edge:
+        full_end = tl.where(j0 + BLOCK_N > kv_len, full_begin, full_end)
+    of_q = (q, q_stride_b, q_stride_h, q_stride_s)
+    of_do = (dout, dout_stride_b, dout_stride_h, dout_stride_s)
+    rows = (level, delta)
+    sum_k = tl.zeros(kt.shape, tl.float32)
+    sum_v = tl.zeros(vt.shape, tl.float32)
+    for n in range(group):
+        head = kv_head * group + n
+        if FORM.right:
+            sum_k, sum_v = gather_queries(
+                sum_k, sum_v, kt, vt, of_q, of_do, rows, begin, full_begin, j0, b, head, heads,
+                strides, size, side, rule, drop, FORM, True, BLOCK_M, BLOCK_N
+            )  # fmt: skip
+        sum_k, sum_v = gather_queries(
+            sum_k, sum_v, kt, vt, of_q, of_do, rows, full_begin, full_end, j0, b, head, heads,
+            strides, size, side, rule, drop, FORM, False, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+        if FORM.tail_edge:
+            sum_k, sum_v = gather_queries(
+                sum_k, sum_v, kt, vt, of_q, of_do, rows, full_end, end, j0, b, head, heads,
+                strides, size, side, rule, drop, FORM, True, BLOCK_M, BLOCK_N
+            )  # fmt: skip
+    dk_base, dk_stride = open_head(b, kv_head, (dk, dk_stride_b, dk_stride_h, dk_stride_s))
+    dv_base, dv_stride = open_head(b, kv_head, (dv, dv_stride_b, dv_stride_h, dv_stride_s))
+    store_rows(dk_base, j0, dk_stride, kv_len, 0, FORM.head_dim, sum_k * scale)
+    store_rows(dv_base, j0, dv_stride, kv_len, 0, FORM.value_dim, sum_v * drop_scale)
+    if FORM.hides:
+        exists = (j0 + tl.arange(0, BLOCK_N) < kv_len)[:, None]
+        if not_finite(tl.where(exists, sum_k, 0.0)) + not_finite(tl.where(exists, sum_v, 0.0)) != 0:
+            for of_v in tl.static_range(2):
+                gather_carefully(
+                    dv_base if of_v else dk_base, dv_stride if of_v else dk_stride,
+                    drop_scale if of_v else scale, kt, vt, of_q, of_do, rows, begin, end, j0, b,
+                    kv_head * group, group, heads, strides, size, side, rule, drop, of_v == 1,
+                    FORM, BLOCK_N
+                )  # fmt: skip

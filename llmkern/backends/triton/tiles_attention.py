@@ -1,0 +1,235 @@
+"""Which kernel form and which tiles an attention call gets: data and pure functions.
+
+Tiles follow from dtype, head dim, lengths and architecture, never from batch size or head count, so
+an element of a batch has the same bits alone and in company.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from llmkern import random
+from llmkern.specs import AttentionSpec
+
+
+class Form(NamedTuple):
+    """What a call has, as compile-time facts; a kernel holds no code for what is False."""
+
+    left: bool  # some query's window begins behind key 0
+    right: bool  # some query's window ends before the last key
+    right_edge: bool  # blocks at the right need a mask: right, or a last block that is not full
+    tail_edge: bool  # the same of the last blocks of queries that a block of keys meets
+    masked: bool  # bias, mask or key_mask: any pair may be hidden
+    hides: bool  # some pair of existing query and key may be hidden
+    bias: bool
+    mask: bool
+    key_mask: bool
+    slopes: bool
+    sinks: bool
+    softcap: bool
+    dropout: bool
+    natural: bool  # scores in the formula's units; else <q, k>, with scale folded into exp2
+    sharp: bool  # float32 inputs: no shortcut that costs a bit
+    packed: bool  # rows are the queries of all heads of a kv head
+    split: bool  # keys are dealt out to several programs
+    head_dim: int
+    value_dim: int
+    block_d: int
+    block_dv: int
+    precision: str  # of products of float32: "ieee" or "tf32"
+
+
+class Tile(NamedTuple):
+    """block_m queries by block_n keys at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Shared memory that one block may have, by compute capability * 10.
+SHARED_KB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+SHARED_KB_OTHERS = 99
+
+
+def shared_bytes(capability: int) -> int:
+    """Shared memory that one block may have, in bytes."""
+    return SHARED_KB.get(capability, SHARED_KB_OTHERS) * 1024
+
+
+def padded(n: int) -> int:
+    """The tile width of a dim: the power of two from 16 (the least that a product takes) on."""
+    return max(16, 1 << (n - 1).bit_length()) if n > 0 else 16
+
+
+def rows(spec: AttentionSpec) -> int:
+    """Rows of a unit of the forward kernel."""
+    return spec.q_len * (spec.heads // spec.kv_heads if is_packed(spec) else 1)
+
+
+PACKED_BELOW = 64  # queries: from here on a tile is filled by one head
+
+
+def is_packed(spec: AttentionSpec) -> bool:
+    return spec.kv_heads < spec.heads and spec.q_len < PACKED_BELOW
+
+
+SPLIT_ROWS = 64  # with more rows a unit has work enough for one program ...
+SPLIT_KEYS = 1024  # ... and so it has with fewer keys
+CHUNK_KEYS = 256
+MOST_PARTS = 64
+
+
+def pick_chunk(spec: AttentionSpec) -> int:
+    """Keys of one program of the forward kernel, a multiple of CHUNK_KEYS; 0: not split."""
+    if rows(spec) > SPLIT_ROWS or spec.kv_len < SPLIT_KEYS:
+        return 0
+    return -(-spec.kv_len // (MOST_PARTS * CHUNK_KEYS)) * CHUNK_KEYS
+
+
+def form(spec: AttentionSpec, precision: str) -> Form:
+    """precision: of products of float32 operands, "ieee" or "tf32"."""
+    left = spec.left < spec.q_len - 1 + spec.shift
+    right = spec.right < spec.kv_len - 1 - spec.shift
+    masked = spec.bias or spec.mask or spec.key_mask
+    sharp = spec.dtype == torch.float32
+    return Form(
+        left=left,
+        right=right,
+        right_edge=right or spec.kv_len % LARGEST_BLOCK != 0,
+        tail_edge=left or spec.q_len % LARGEST_BLOCK != 0 or spec.kv_len % LARGEST_BLOCK != 0,
+        masked=masked,
+        hides=left or right or masked,
+        bias=spec.bias,
+        mask=spec.mask,
+        key_mask=spec.key_mask,
+        slopes=spec.slopes,
+        sinks=spec.sinks,
+        softcap=spec.softcap > 0.0,
+        dropout=random.threshold(spec.dropout_p) > 0,
+        natural=spec.softcap > 0.0 or spec.bias or spec.slopes or spec.sinks or spec.scale <= 0.0,
+        sharp=sharp,
+        packed=is_packed(spec),
+        split=pick_chunk(spec) > 0,
+        head_dim=spec.head_dim,
+        value_dim=spec.value_dim,
+        block_d=padded(spec.head_dim),
+        block_dv=padded(spec.value_dim),
+        precision=precision if sharp else "ieee",
+    )
+
+
+# Tiles by (architecture class, bytes of an element), then by the wider of the padded head dims.
+# 2026-11-22, Triton 3.7.1, not timed: of the candidates those that ptxas compiles (causal) without
+# spills, or with the fewest, and that fit in shared memory; instruction counts break ties.
+_FORWARD = {
+    (80, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
+    (86, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 4, 2)},
+    (90, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
+    (100, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
+    (80, 4): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
+    (86, 4): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
+    (90, 4): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
+    (100, 4): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
+}
+LARGEST_BLOCK = 128  # every block size divides it
+
+
+def architecture(capability: int) -> int:
+    """The class of tiles: 80, 90 and 100 by generation, 86 for cards with 99 KB a block."""
+    if shared_bytes(capability) < 100 * 1024:
+        return 86
+    return 80 if capability < 90 else 90 if capability < 100 else 100
+
+
+def _of(table: dict, spec: AttentionSpec, shape: Form, capability: int) -> Tile:
+    """Features beside the scores take registers: their calls get the smaller tiles of float32.
+    Tiles of bias and mask would be buffered in shared memory too: these calls are not pipelined."""
+    beside = shape.softcap or shape.slopes or shape.dropout or shape.bias or shape.mask
+    size = 4 if beside else spec.dtype.itemsize
+    tile = table[architecture(capability), size][max(64, shape.block_d, shape.block_dv)]
+    return tile._replace(num_stages=1) if shape.bias or shape.mask else tile
+
+
+# Up to this length tiles of 64 queries do a tenth less under a band than tiles of 128 (1.125
+# against 1.25 of the least at 512) and make twice the programs; beyond, fewer reads of k, v count.
+SHORT_BAND = 1024
+
+
+def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
+    """Of the forward kernel."""
+    tile = _of(_FORWARD, spec, shape, capability)
+    if (shape.left or shape.right) and rows(spec) <= SHORT_BAND and tile.block_m > 64:
+        tile = tile._replace(block_m=64, num_warps=4)
+    block_m = min(tile.block_m, padded(rows(spec)))
+    return tile._replace(block_m=block_m)
+
+
+# Backward, by blocks of keys (block_n keys stay, block_m queries pass) ...
+_KEYS = {
+    (80, 2): {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
+    (86, 2): {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    (90, 2): {64: Tile(32, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
+    (100, 2): {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
+    (80, 4): {64: Tile(32, 64, 4, 2), 128: Tile(16, 64, 8, 1), 256: Tile(16, 16, 4, 1)},
+    (86, 4): {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    (90, 4): {64: Tile(32, 64, 4, 2), 128: Tile(16, 64, 8, 1), 256: Tile(16, 16, 4, 1)},
+    (100, 4): {64: Tile(32, 64, 4, 2), 128: Tile(16, 64, 8, 1), 256: Tile(16, 16, 4, 1)},
+}
+# ... and by blocks of queries (block_m queries stay, block_n keys pass).
+_QUERIES = {
+    (80, 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    (86, 2): {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
+    (90, 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    (100, 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    (80, 4): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 4, 1)},
+    (86, 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    (90, 4): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 4, 1)},
+    (100, 4): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 4, 1)},
+}
+
+
+def pick_keys(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
+    """Of the pass for dk and dv."""
+    tile = _of(_KEYS, spec, shape, capability)
+    return tile._replace(block_n=min(tile.block_n, padded(spec.kv_len)))
+
+
+def pick_queries(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
+    """Of the pass for dq."""
+    tile = _of(_QUERIES, spec, shape, capability)
+    return tile._replace(block_m=min(tile.block_m, padded(spec.q_len)))
+
+
+class Wide(NamedTuple):
+    """Along which dims a bias is broadcast, so that its gradient is a sum."""
+
+    b: bool
+    h: bool
+    i: bool
+    j: bool
+
+
+def pick_bias(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
+    """Of the pass for dbias: as for dq, whose products it shares."""
+    return pick_queries(spec, shape, capability)
+
+
+def launch(tile: Tile) -> dict[str, int]:
+    """A tile as the arguments of a launch."""
+    return dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+                num_stages=tile.num_stages)  # fmt: skip
+
+
+SINK_BLOCK = 256  # queries at a time
+
+
+def pick_combine(shape: Form) -> Tile:
+    """Of the kernel that joins the parts of a split call: few rows are few programs."""
+    return Tile(max(1, 512 // shape.block_dv), 0, 4, 1)
+
+
+def pick_rows(shape: Form) -> Tile:
+    """Of the kernel over rows of out: 2048 elements a program."""
+    return Tile(max(1, 2048 // shape.block_dv), 0, 4, 1)

@@ -1,0 +1,113 @@
+"""LLMKERN_CUDA and LLMKERN_CUDA_ARCHS: what the build of the CUDA extension makes of them."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+
+
+@pytest.fixture
+def build(monkeypatch):
+    for name in ("LLMKERN_CUDA", "LLMKERN_CUDA_ARCHS", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(TOOLS)
+    module = importlib.import_module("cuda_build")
+    yield module
+    sys.modules.pop("cuda_build")
+    sys.modules.pop("build_backend", None)
+
+
+@pytest.fixture
+def without_nvcc(build, monkeypatch):
+    monkeypatch.setattr(build, "find", lambda: None)
+    return build
+
+
+def test_default_targets_are_machine_code_for_sm_80_and_ptx(build):
+    assert build.targets() == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+
+
+def test_targets_follow_the_variable(build, monkeypatch):
+    monkeypatch.setenv("LLMKERN_CUDA_ARCHS", "sm_90a, compute_120")
+    assert build.targets() == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_unknown_target_stops_the_build(build, monkeypatch):
+    monkeypatch.setenv("LLMKERN_CUDA_ARCHS", "8.0")
+    with pytest.raises(SystemExit, match="'8.0' is not sm_XX or compute_XX"):
+        build.targets()
+
+
+def test_unknown_mode_stops_the_build(build, monkeypatch):
+    monkeypatch.setenv("LLMKERN_CUDA", "yes")
+    with pytest.raises(SystemExit, match="must be one of auto, on, off, got 'yes'"):
+        build.mode()
+
+
+def test_auto_leaves_cuda_out_where_there_is_no_nvcc(without_nvcc):
+    assert without_nvcc.wanted() is None
+    without_nvcc.check(None)
+
+
+def test_on_without_nvcc_stops_the_build(without_nvcc, monkeypatch):
+    monkeypatch.setenv("LLMKERN_CUDA", "on")
+    with pytest.raises(SystemExit, match="nvidia-cuda-nvcc"):
+        without_nvcc.check(without_nvcc.wanted())
+
+
+def test_off_does_not_look_for_nvcc(build, monkeypatch):
+    monkeypatch.setenv("LLMKERN_CUDA", "off")
+    monkeypatch.setattr(build, "find", lambda: pytest.fail("looked for nvcc"))
+    assert build.wanted() is None
+
+
+@pytest.mark.parametrize("mode, wheels", [("auto", False), ("off", False), ("on", True)])
+def test_build_asks_for_a_compiler_only_where_it_must_have_one(
+    without_nvcc, monkeypatch, mode, wheels
+):
+    monkeypatch.setenv("LLMKERN_CUDA", mode)
+    backend = importlib.import_module("build_backend")
+    assert backend._compiler() == (without_nvcc.WHEELS if wheels else [])
+
+
+def test_nvcc_is_found_in_cuda_home(build, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64/libcudart_static.a").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.find() == build.Toolkit(nvcc, tmp_path / "lib64")
+
+
+def test_nvcc_is_found_among_installed_wheels(build, monkeypatch, tmp_path):
+    root = tmp_path / "nvidia/cu13"
+    (root / "bin").mkdir(parents=True)
+    (root / "lib").mkdir()
+    (root / "lib/libcudart_static.a").touch()
+    (root / "bin/nvcc").write_text("#!/bin/sh\n")
+    (root / "bin/nvcc").chmod(0o755)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.sys, "path", [str(tmp_path)])
+    assert build.find() == build.Toolkit(root / "bin/nvcc", root / "lib")
+
+
+def test_nvcc_without_its_runtime_is_passed_over(build, monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.sys, "path", [str(tmp_path)])
+    assert build.find() is None
