@@ -62,6 +62,15 @@ class Counters:
             self.by_source.setdefault(source, Sums()).add(sums)
             self.by_line.setdefault((line, text), Sums()).add(sums)
 
+    def add(self, other: "Counters") -> None:
+        """Count what another one counted."""
+        self.launches += other.launches
+        self.total.add(other.total)
+        for name in ("by_class", "by_source", "by_line"):
+            mine = getattr(self, name)
+            for key, sums in getattr(other, name).items():
+                mine.setdefault(key, Sums()).add(sums)
+
     @property
     def warp_instructions(self) -> int:
         return self.total.instructions
