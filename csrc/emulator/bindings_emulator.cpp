@@ -55,21 +55,33 @@ py::dict describe_report(const Report& r) {
   return d;
 }
 
-// Rows of what ran: (class, PTX line, PTX text, source, runs, lanes, bytes, sectors, ideal sectors,
-// wavefronts, ideal wavefronts).
-py::list describe_counts(const Program& program, const Kernel& k,
-                         const std::vector<Count>& counts) {
+// By instruction: (class, PTX line, PTX text, source).
+py::list describe_instructions(const Program& program, const std::string& name) {
   py::list rows;
-  for (size_t i = 0; i < counts.size(); ++i) {
-    const Count& c = counts[i];
-    if (c.runs == 0 || i + 1 == k.code.size()) continue;
-    const Instr& in = k.code[i];
+  for (const Instr& in : find_kernel(program, name).code) {
     rows.append(py::make_tuple(kClassNames[static_cast<int>(in.klass)], in.place.line,
-                               statement_text(program, in.place), source_of(program, in.place),
-                               c.runs, c.full_runs * kLanes + c.lanes, c.bytes, c.sectors,
-                               c.ideal_sectors, c.wavefronts, c.ideal_wavefronts));
+                               statement_text(program, in.place), source_of(program, in.place)));
   }
   return rows;
+}
+
+// By instruction, 7 int64: runs, lanes, bytes, sectors, ideal sectors, wavefronts, ideal ones. The
+// exit that follows the last statement is left out.
+py::bytes pack_counts(const std::vector<Count>& counts) {
+  std::vector<uint64_t> flat;
+  flat.reserve(7 * counts.size());
+  for (const Count& c : counts) {
+    const bool last = &c == &counts.back();
+    const uint64_t row[] = {c.runs,
+                            c.full_runs * kLanes + c.lanes,
+                            c.bytes,
+                            c.sectors,
+                            c.ideal_sectors,
+                            c.wavefronts,
+                            c.ideal_wavefronts};
+    for (uint64_t v : row) flat.push_back(last ? 0 : v);
+  }
+  return py::bytes(reinterpret_cast<const char*>(flat.data()), flat.size() * sizeof(uint64_t));
 }
 
 Options read_options(const py::dict& d) {
@@ -143,7 +155,7 @@ py::tuple launch(const Program& program, const std::string& name, std::array<uin
   }
   py::object report = py::none();
   if (result.report.failed) report = describe_report(result.report);
-  return py::make_tuple(report, describe_counts(program, *l.kernel, result.counts));
+  return py::make_tuple(report, pack_counts(result.counts));
 }
 
 }  // namespace
@@ -171,5 +183,6 @@ PYBIND11_MODULE(_C_emulator, m) {
              return found;
            })
       .def("describe", &describe_kernel)
+      .def("instructions", &describe_instructions)
       .def("launch", &launch);
 }

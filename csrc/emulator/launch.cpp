@@ -1,6 +1,7 @@
 // A launch: CTAs in order (or shuffled by the seed) over host threads. The report is that of the
 // earliest CTA that fails, whichever thread ran it: later CTAs are dropped, earlier ones go on.
 #include <atomic>
+#include <exception>
 #include <limits>
 #include <numeric>
 #include <thread>
@@ -30,9 +31,10 @@ class Run {
     threads = static_cast<int>(std::min<int64_t>(threads, ctas_));
     result_.counts.resize(launch_.kernel->code.size());
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back([this] { work(); });
-    work();
+    for (int i = 1; i < threads; ++i) others.emplace_back([this] { work_or_keep_error(); });
+    work_or_keep_error();
     for (std::thread& t : others) t.join();
+    if (error_ != nullptr) std::rethrow_exception(error_);
     const GlobalRace& race = launch_.race;
     if (race.later >= 0 && race.later < first_failure_) {
       result_.report = describe_global_race(launch_, static_cast<uint64_t>(linear(race.later)));
@@ -43,6 +45,16 @@ class Run {
  private:
   int64_t linear(int64_t position) const {
     return order_.empty() ? position : order_[static_cast<size_t>(position)];
+  }
+
+  // No memory, for one: an exception must not leave a thread.
+  void work_or_keep_error() {
+    try {
+      work();
+    } catch (const std::exception&) {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      error_ = std::current_exception();
+    }
   }
 
   void work() {
@@ -88,6 +100,7 @@ class Run {
   std::atomic<int64_t> next_{0};
   std::atomic<int64_t> first_failure_{std::numeric_limits<int64_t>::max()};
   std::mutex mutex_;
+  std::exception_ptr error_;
   Result result_;
 };
 

@@ -52,8 +52,9 @@ class Counters:
     by_source: dict[str, Sums] = field(default_factory=dict)
     by_line: dict[tuple[int, str], Sums] = field(default_factory=dict)
 
-    def add_launch(self, rows: Iterable[tuple]) -> None:
-        self.launches += 1
+    def add_launches(self, launches: int, rows: Iterable[tuple]) -> None:
+        """Rows of Program.rows(), of so many launches together."""
+        self.launches += launches
         for kind, line, text, source, *counts in rows:
             sums = Sums(*counts)
             self.total.add(sums)
@@ -62,6 +63,7 @@ class Counters:
             self.by_line.setdefault((line, text), Sums()).add(sums)
 
     def add(self, other: "Counters") -> None:
+        """Count what another one counted."""
         self.launches += other.launches
         self.total.add(other.total)
         for name in ("by_class", "by_source", "by_line"):

@@ -35,7 +35,7 @@ class Device:
         self.capability = capability
         self.options = options
         self.max_shared_bytes = MAX_SHARED[capability]
-        self._counters: dict[str, Counters] = {}
+        self._counts: dict[tuple[str, Program], tuple[int, torch.Tensor]] = {}
         self._memory: dict[int, tuple[str, torch.Tensor, torch.Tensor | None]] = {}
         self.failure: Exception | None = None  # of a launch by a library, which saw an error code
 
@@ -86,7 +86,7 @@ class Device:
         shared_bytes: int = 0,
         memory: Sequence[Row] = (),
     ) -> None:
-        """Program.launch with this device's options; counts are kept.
+        """Program.run with this device's options; counts are kept.
 
         Raises:
             EmulatorError: a check failed.
@@ -95,7 +95,7 @@ class Device:
             limit = f"sm_{self.capability} has {self.max_shared_bytes}"
             raise ArgumentError(f"{kernel}: {shared_bytes} bytes of shared memory, {limit}")
         known = [tensor_row(*entry) for entry in self._memory.values()]
-        rows = program.launch(
+        counts = program.run(
             kernel,
             grid,
             block,
@@ -104,30 +104,31 @@ class Device:
             memory=[*known, *memory],
             options=self.options,
         )
-        self._counters.setdefault(kernel, Counters()).add_launch(rows)
+        launches, before = self._counts.get((kernel, program), (0, 0))
+        self._counts[kernel, program] = launches + 1, before + counts
 
     def counters(self, kernel: str | None = None) -> Counters:
         """What launches counted since the device was made or reset: of one kernel, or of all."""
-        if kernel is not None:
-            return self._counters.get(kernel, Counters())
-        everything = Counters()
-        for counters in self._counters.values():
-            everything.add(counters)
-        return everything
+        total = Counters()
+        for (name, program), (launches, counts) in self._counts.items():
+            if kernel is None or kernel == name:
+                total.add_launches(launches, program.rows(name, counts))
+        return total
 
     def kernels(self) -> list[str]:
         """Names of the kernels that ran."""
-        return list(self._counters)
+        return list(dict.fromkeys(name for name, _ in self._counts))
 
     def reset_counters(self) -> None:
-        self._counters.clear()
+        self._counts.clear()
 
     def report(self, sources: int = 10) -> str:
         """A text: the counters of each kernel that ran, with its busiest source lines."""
         parts = [
             f"{kernel}: {c.launches} launches on the emulated sm_{self.capability}\n"
             + c.table(sources)
-            for kernel, c in self._counters.items()
+            for kernel in self.kernels()
+            for c in [self.counters(kernel)]
         ]
         return "\n\n".join(parts) or "nothing was launched"
 

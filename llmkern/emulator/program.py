@@ -149,6 +149,39 @@ class Program:
         memory: Sequence[Row] = (),
         options: Options | None = None,
     ) -> list[tuple]:
+        """Run a kernel to its end; arguments as for run().
+
+        Returns:
+            Rows of counts, one for each instruction that ran; see Counters.
+        """
+        counts = self.run(
+            kernel,
+            grid,
+            block,
+            arguments,
+            shared_bytes=shared_bytes,
+            memory=memory,
+            options=options,
+        )
+        return self.rows(kernel, counts)
+
+    def rows(self, kernel: str, counts: torch.Tensor) -> list[tuple]:
+        """What run() returned, joined with class, PTX line, text and source of what ran."""
+        instructions = self._program.instructions(kernel)
+        pairs = zip(instructions, counts.tolist(), strict=True)
+        return [(*instruction, *row) for instruction, row in pairs if row[0] > 0]
+
+    def run(
+        self,
+        kernel: str,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        arguments: Sequence[Any] = (),
+        *,
+        shared_bytes: int = 0,
+        memory: Sequence[Row] = (),
+        options: Options | None = None,
+    ) -> torch.Tensor:
         """Run a kernel to its end.
 
         Args:
@@ -162,17 +195,19 @@ class Program:
             options: checks and order; defaults to Options().
 
         Returns:
-            Rows of counts, one for each instruction that ran; see Counters.
+            int64 [instructions, 7]: runs, lanes, bytes, sectors, ideal sectors, wavefronts, ideal
+            wavefronts.
 
         Raises:
             EmulatorError: a check failed.
             ArgumentError: arguments that do not fit the parameters.
         """
-        parameters = self.describe(kernel)["parameters"]
+        described = self.describe(kernel)
+        parameters = described["parameters"]
         if len(arguments) != len(parameters):
             raise ArgumentError(f"{kernel} takes {len(parameters)} arguments, got {len(arguments)}")
         block_size, grid_size = _triple(block), _triple(grid)
-        packed = bytearray(self.describe(kernel)["parameter_bytes"])
+        packed = bytearray(described["parameter_bytes"])
         known = list(memory)
         given = {row[1] for row in known if row[4]}
         for (name, offset, size), argument in zip(parameters, arguments, strict=True):
@@ -182,7 +217,7 @@ class Program:
                 known.append(tensor_row(name, argument))
             packed[offset : offset + size] = pack(argument, size)
         if 0 in grid_size:
-            return []
+            return torch.zeros(described["instructions"], 7, dtype=torch.int64)
         choices = (options or Options())._asdict()
         try:
             report, counts = self._program.launch(
@@ -192,4 +227,4 @@ class Program:
             raise ArgumentError(f"{kernel}: {error}") from None
         if report is not None:
             raise EmulatorError(report)
-        return counts
+        return torch.frombuffer(bytearray(counts), dtype=torch.int64).view(-1, 7)
