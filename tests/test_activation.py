@@ -150,6 +150,7 @@ def test_activation_compile(backend, activation):
     def both(x):
         return activation[0](x, backend=backend) * 2
 
+    torch._dynamo.reset()  # each backend and activation compiles `both` anew, more than 8 times
     x, dy = torch.randn(6, 40), torch.randn(6, 40)
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for got, expected in zip(
