@@ -127,10 +127,11 @@ def attention_bwd_bias(
         drop = (load_keys(seed), threshold, drop_scale)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for b in range(first_b, last_b):
-        keep_keys = key_mask
+        # No name of its own for the mask: Triton cannot assign a None inside a loop.
+        side = (bias, bias_stride_j, mask, mask_stride_j, key_mask)
         if FORM.key_mask:
-            keep_keys = key_mask + tl.cast(b, tl.int64) * kv_len
-        side = (bias, bias_stride_j, mask, mask_stride_j, keep_keys)
+            seen = key_mask + tl.cast(b, tl.int64) * kv_len
+            side = (bias, bias_stride_j, mask, mask_stride_j, seen)
         for head in range(first_h, last_h):
             kv_head = head // (heads // kv_heads)
             q_base, q_stride = open_head(b, head, (q, q_stride_b, q_stride_h, q_stride_s))
