@@ -8,7 +8,8 @@ stand-in for libcudart.so.13 that brings it the launches of libraries built by n
 llmkern._C_cuda and llmkern._C_cuda_emulated hold the CUDA kernels, where there is an nvcc
 (tools/cuda_build.py).
 
-Environment: LLMKERN_CUDA, LLMKERN_CUDA_ARCHS, CUDA_HOME (tools/cuda_build.py); CXX, CXXFLAGS;
+Environment: LLMKERN_CUDA, LLMKERN_CUDA_ARCHS, CUDA_HOME (tools/cuda_build.py); LLMKERN_EMULATOR=off
+leaves the emulator out; CXX, CXXFLAGS;
 LLMKERN_SANITIZE=1 builds all but the CUDA part with AddressSanitizer and
 UndefinedBehaviorSanitizer.
 """
@@ -100,7 +101,9 @@ def cudart_objects() -> list[tuple[str, Path, list[str]]]:
     return [(f"cudart_{p.stem}", p, own) for p in sorted((ROOT / CUDART).glob("*.cpp"))]
 
 
-OBJECTS = {"llmkern._C_cpu": cpu_objects, "llmkern._C_emulator": emulator_objects}
+OBJECTS = {"llmkern._C_cpu": cpu_objects}
+if os.environ.get("LLMKERN_EMULATOR") != "off":
+    OBJECTS["llmkern._C_emulator"] = emulator_objects
 # Not checked here: setup.py also runs to ask what the build requires.
 TOOLKIT = cuda_build.wanted()
 CUDA_MODULE = "llmkern._C_cuda"
@@ -154,7 +157,8 @@ def linked(output: Path, objects: list[tuple[str, Path, list[str]]], options: st
 class NinjaBuildExt(build_ext):
     def beside(self) -> list[Path]:
         """Libraries that come with an extension without being one to setuptools."""
-        names = [CUDART_NAME, *([CUDA_EMULATED] if TOOLKIT else [])]
+        names = [CUDART_NAME] if "llmkern._C_emulator" in OBJECTS else []
+        names += [CUDA_EMULATED] if TOOLKIT else []
         return [Path(self.build_lib) / "llmkern" / name for name in names]
 
     def copy_extensions_to_source(self) -> None:
