@@ -19,9 +19,11 @@ LIMITS |= {"bf16": 2e-2, "f16": 5e-3, "one": 2e-2}
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[tuple, dict]:
+def results(tmp_path_factory) -> dict[tuple, dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
+    # Triton keys its cache by source text, not by path: a shared one may name another checkout's file.
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     script = HERE / "emulator_kernels.py"
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
