@@ -22,7 +22,7 @@ LIMITS |= {"bf16": 2e-2, "f16": 5e-3, "one": 2e-2}
 def results(tmp_path_factory) -> dict[tuple, dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
-    # Triton keys its cache by source text, not by path: a shared one may name another checkout's file.
+    # Triton's cache goes by source text: a shared one may name the file of another checkout.
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     script = HERE / "emulator_kernels.py"
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from llmkern.errors import BackendError
+from llmkern.ops import flops
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 
@@ -28,7 +29,10 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     """True where nothing but ordinary eager mode looks at this call."""
     if torch.compiler.is_compiling():
         return False
-    if _len_torch_dispatch_stack() or in_transform():
+    if _len_torch_dispatch_stack():
+        flops.tell_counter()
+        return False
+    if in_transform():
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
@@ -72,7 +76,10 @@ def signature(*tensors: Tensor | None) -> tuple | None:
     """What a plan may depend on: the grad mode, and shape, dtype, device, layout and requires_grad
     of each tensor. None where the call is not plain eager, or an argument is no plain tensor or one
     to be negated (z.conj().imag), which the dispatcher materialises."""
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+    if torch.compiler.is_compiling():
+        return None
+    if _len_torch_dispatch_stack():
+        flops.tell_counter()
         return None
     if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:  # in_transform()
         return None
