@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmkern import dispatch, numerics, random
+from llmkern.backends.reference import attention as reference
 from llmkern.errors import BackendError
 from llmkern.ops import attention_checks as arguments
 from llmkern.ops.library import (
@@ -220,7 +221,6 @@ def _run(plan, traced, q, k, v, bias, mask, key_mask, slopes, sinks, seed, backe
     spec = plan.spec
     args = (q, k, v, bias, mask, key_mask, slopes, sinks, seed)
     if traced and in_transform():
-        reference = dispatch.module_of("reference", "attention")
         return reference.forward(spec, *_views(q, k, v), *args[3:])
     if traced:
         scalars = (spec.scale, spec.softcap, spec.shift, spec.left, spec.right, spec.dropout_p)
@@ -290,7 +290,6 @@ def _differentiable(spec, backend, dout, dlse, q, k, v, bias, mask, key_mask, sl
     Views stand for the inputs, so that one computed from another is not followed back to it here.
     """
     q, k, v, bias, sinks = (None if t is None else t.view_as(t) for t in (q, k, v, bias, sinks))
-    reference = dispatch.module_of("reference", "attention")
     side = (bias, mask, key_mask, slopes, sinks, seed)
     outputs = reference.forward(spec, *_views(q, k, v), *side)
     inputs = [t for t, wanted in zip((q, k, v, bias, sinks), wants, strict=True) if wanted]

@@ -15,11 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from llmkern.errors import BackendError
 from llmkern.ops import flops
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
@@ -47,19 +46,18 @@ def in_transform() -> bool:
     torch.library ops: there the reference backend's plain torch runs, which all of it understands.
     """
     if torch.compiler.is_compiling():
-        if _in_jvp():  # the dispatcher would drop the tangent without a word
-            raise BackendError("torch.func.jvp and jacfwd need plain eager mode, not torch.compile")
-        return False
+        return _traces_derivative()
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _in_jvp() -> bool:
-    interpreter = peek_interpreter_stack()
-    return interpreter is not None and interpreter.key() == TransformType.Jvp
+def _traces_derivative() -> bool:
+    """Whether a derivative of torch.func is among the transforms that dynamo traces."""
+    return any(i.key() in _DERIVATIVES for i in get_interpreter_stack() or ())
 
 
+_DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 # What torch.compiler.assume_constant_result sets: dynamo enters the transforms that it traces.
-_in_jvp._dynamo_marked_constant = True
+_traces_derivative._dynamo_marked_constant = True
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
