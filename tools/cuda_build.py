@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 # A whole compiler as wheels: nvcc, its middle end, its headers, the runtime, libcu++.
 WHEELS = [
-    "nvidia-cuda-nvcc>=13.0,<14",
-    "nvidia-nvvm>=13.0,<14",
-    "nvidia-cuda-crt>=13.0,<14",
-    "nvidia-cuda-runtime>=13.0,<14",
-    "nvidia-cuda-cccl>=13.0,<14",
+    "nvidia-cuda-nvcc==13.0.*",
+    "nvidia-nvvm==13.0.*",
+    "nvidia-cuda-crt==13.0.*",
+    "nvidia-cuda-runtime==13.0.*",
+    "nvidia-cuda-cccl==13.0.*",
 ]
 DEFAULT_ARCHS = "sm_80,compute_80"
 MODES = ("auto", "on", "off")
