@@ -66,7 +66,8 @@ def find() -> Toolkit | None:
         if not nvcc.is_file():
             continue
         root = _real_root(nvcc).resolve()
-        for lib in (root / "lib64", root / "lib", root / "targets/x86_64-linux/lib"):
+        for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+            lib = root / name
             if (lib / "libcudart_static.a").is_file():
                 return Toolkit(nvcc.absolute(), lib)
     return None
