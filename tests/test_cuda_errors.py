@@ -1,4 +1,4 @@
-"""What the CUDA runtime refuses becomes a BackendError: the kernel, the call, the runtime's words."""
+"""What the CUDA runtime refuses is a BackendError: the kernel, the call, the runtime's words."""
 
 import re
 
@@ -53,8 +53,9 @@ def test_a_launch_that_is_refused_is_an_error_with_kernel_shape_and_reason(devic
     q = torch.randn(1, 1, 64, 64).bfloat16()
     with pytest.raises(BackendError) as caught, dispatch.use_backend("cuda"):
         functional.scaled_dot_product_attention(q, q, q)
-    assert re.match(r"cuda: attention_fwd: cudaErrorInvalidValue .*shared memory", str(caught.value))
-    assert "q_len=64, kv_len=64, head_dim=64" in str(caught.value)
+    said = str(caught.value)
+    assert re.match(r"cuda: attention_fwd: cudaErrorInvalidValue .*shared memory", said), said
+    assert "q_len=64, kv_len=64, head_dim=64" in said
 
 
 def test_the_call_after_a_failed_one_starts_clean(device):
@@ -98,9 +99,7 @@ def test_without_a_driver_a_call_fails_with_one_sentence(without_driver, functio
 @pytest.mark.parametrize(
     "function, kernel", [(_norm, "norm_bwd"), (_attention, "attention"), (_linear, "linear_bwd")]
 )
-def test_without_a_driver_a_backward_fails_as_a_forward_does(
-    device, monkeypatch, function, kernel
-):
+def test_without_a_driver_a_backward_fails_as_a_forward_does(device, monkeypatch, function, kernel):
     if torch.cuda.is_available():
         pytest.skip("there is a driver here")
     x = torch.randn(1, 1, 64, 64).bfloat16().requires_grad_()
