@@ -5,6 +5,9 @@ There is no card here: times are made up by the tests, and the calls run in the 
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from llmkern.choice import Counts, Figures, Measured
 from llmkern.errors import TuneFileError, TuneWarning
 from llmkern.specs import UNBOUNDED, AttentionSpec, DropoutSpec, LinearSpec, NormSpec
 
+ROOT = Path(__file__).resolve().parent.parent
 BF16, CARD = torch.bfloat16, "NVIDIA Test 80GB"
 NORM = NormSpec(BF16, BF16, "cuda", 2048, 1024, 1e-5, False, False, False, 0.0, True, BF16)
 LINEAR = LinearSpec(BF16, "cuda", 512, 512, 512, None, False, True, False, 0.0, False)
@@ -309,6 +313,19 @@ def test_measured_sizes_reach_each_other():
         assert len({case.id for case in cases}) == len(cases)
     lengths = sorted({case.shape["S"] for case in suite.cases([BF16], True) if "S" in case.shape})
     assert all(b <= a * choice.REACH**2 for a, b in zip(lengths, lengths[1:], strict=False))
+
+
+@pytest.mark.slow
+def test_counts_of_the_choice_are_those_of_the_kernels():
+    run = subprocess.run(
+        [sys.executable, ROOT / "tools/choice_figures.py", "--check"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    if run.returncode == 2:
+        pytest.skip(run.stderr.strip())
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

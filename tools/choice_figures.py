@@ -1,7 +1,7 @@
 """The counts in llmkern/choice.py: what the cuda and triton kernels do for one case of each kind.
 
     python tools/choice_figures.py            # count anew and write them
-    python tools/choice_figures.py --check    # exit code 1 where a count moved by over 5 %
+    python tools/choice_figures.py --check    # exit code 1 where one moved by over 5 %
 
 Needs triton and the CUDA kernels' emulated build; takes a few minutes. No GPU: nothing is timed.
 """
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from llmkern import choice
+from llmkern import choice, dispatch, emulator
 from llmkern.bench import profile
 from llmkern.bench.cases.attention import attention
 from llmkern.bench.cases.linear import linear
 from llmkern.bench.cases.norm import layer_norm
+from llmkern.bench.registry import Case
 
 TARGET = Path(__file__).resolve().parent.parent / "llmkern" / "choice.py"
 MARKS = re.compile(r"(    # figures: begin\n).*(    # figures: end\n)", re.DOTALL)
@@ -34,7 +35,13 @@ CASES = {
 TOLERANCE = 0.05
 
 
-def count(case) -> choice.Figures:
+def missing() -> str | None:
+    with emulator.device("sm_80"):
+        statuses = [dispatch.status(name) for name in choice.BACKENDS]
+    return next((f"{s.name}: {s.detail}" for s in statuses if not s.available), None)
+
+
+def count(case: Case) -> choice.Figures:
     counts = {}
     for backend in choice.BACKENDS:
         found, _ = profile.profile(case, backend, "sm_80")
@@ -70,6 +77,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
+    reason = missing()
+    if reason is not None:
+        print(f"the counts need both backends, but {reason}", file=sys.stderr)
+        return 2
     found, changed = {}, 0
     for key, case in CASES.items():
         found[key] = count(case)
