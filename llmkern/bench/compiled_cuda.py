@@ -24,7 +24,9 @@ from llmkern.emulator.gpu import Launch
 from llmkern.errors import BackendError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PRODUCTS = (256, 2048)  # rows, in and out: a small tile and a large one
+# Rows, in, out: small tiles, large ones, and few of them with a long sum to share.
+PRODUCTS = ((256, 256, 256), (2048, 2048, 2048), (64, 2048, 2048))
+COLUMNS = (1024, 1000, 1001, 4096, 65536)  # whole vectors and tiles, whole vectors, neither; long
 _ROWS = 256
 
 
@@ -73,7 +75,7 @@ def _launches(call: Callable[[], torch.Tensor]) -> list[Launch]:
 def _calls() -> Iterator[tuple[str, str, Callable[[], torch.Tensor]]]:
     """(op, what sets the call apart, the call), at sizes that make the kernels differ."""
     for dtype in DTYPES:
-        for cols in (1024, 4096, 65536):
+        for cols in COLUMNS:
             yield "norm", f"{cols} columns", functools.partial(_norm, dtype, cols)
             if dtype != torch.float32:  # a 16-bit branch on a float32 residual stream
                 mixed = functools.partial(_add_norm, dtype, cols)
@@ -81,11 +83,13 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], torch.Tensor]]]:
         if dtype != torch.float32:
             for dim in (64, 128):
                 yield "attention", f"D{dim} causal", functools.partial(_attention, dtype, dim)
-        for size in PRODUCTS:
-            yield "linear", f"{size}^3 gelu", functools.partial(_linear, dtype, size, False)
-            yield "linear", f"{size}^3 gated", functools.partial(_linear, dtype, size, True)
-    for size in PRODUCTS:
-        yield "linear", f"{size}^3 tf32", functools.partial(_tf32_linear, size)
+        for shape in PRODUCTS:
+            words = "x".join(map(str, shape))
+            yield "linear", f"{words} gelu", functools.partial(_linear, dtype, shape, False)
+            yield "linear", f"{words} gated", functools.partial(_linear, dtype, shape, True)
+    for shape in PRODUCTS:
+        words = "x".join(map(str, shape))
+        yield "linear", f"{words} tf32", functools.partial(_tf32_linear, shape)
 
 
 def _leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -107,20 +111,21 @@ def _attention(dtype: torch.dtype, dim: int) -> torch.Tensor:
     return functional.scaled_dot_product_attention(q, q, q, is_causal=True)
 
 
-def _linear(dtype: torch.dtype, size: int, gated: bool) -> torch.Tensor:
-    x, weight = _leaf(size, size, dtype=dtype), _leaf(size, size, dtype=dtype)
+def _linear(dtype: torch.dtype, shape: tuple[int, int, int], gated: bool) -> torch.Tensor:
+    rows, k, n = shape
+    x, weight = _leaf(rows, k, dtype=dtype), _leaf(n, k, dtype=dtype)
     if gated:
         return functional.linear_gated(x, weight, weight)
-    bias = _leaf(size, dtype=dtype)
+    bias = _leaf(n, dtype=dtype)
     return functional.linear(x, weight, bias, activation="gelu", dropout_p=0.1)
 
 
-def _tf32_linear(size: int) -> torch.Tensor:
+def _tf32_linear(shape: tuple[int, int, int]) -> torch.Tensor:
     """Backward under the same setting: its products follow torch's switch too."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        y = _linear(torch.float32, size, False)
+        y = _linear(torch.float32, shape, False)
         y.backward(torch.zeros_like(y))
     finally:
         torch.set_float32_matmul_precision(before)
