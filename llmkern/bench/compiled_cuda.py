@@ -26,7 +26,7 @@ from llmkern.errors import BackendError
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rows, in, out: small tiles, large ones, and few of them with a long sum to share.
 PRODUCTS = ((256, 256, 256), (2048, 2048, 2048), (64, 2048, 2048))
-COLUMNS = (1024, 1000, 1001, 4096, 65536)  # whole vectors and tiles, whole vectors, neither; long
+COLUMNS = (768, 1024, 1000, 1001, 4096, 65536)  # in whole lines or not; long
 _ROWS = 256
 
 
