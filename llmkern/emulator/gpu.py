@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,15 @@ _stack: list["Device"] = []
 on_change: list[Callable[[int | None], None]] = []
 
 
+class Launch(NamedTuple):
+    """A launch as `Device.instead` is given it."""
+
+    program: Program
+    kernel: str
+    block: tuple[int, ...]
+    shared_bytes: int
+
+
 class Device:
     """An emulated GPU. Made by device(); launches on it add to its counters."""
 
@@ -37,6 +46,7 @@ class Device:
         self.max_shared_bytes = MAX_SHARED[capability]
         self._counts: dict[tuple[str, Program], tuple[int, torch.Tensor]] = {}
         self._memory: dict[int, tuple[str, torch.Tensor, torch.Tensor | None]] = {}
+        self.instead: Callable[[Launch], None] | None = None  # what launches do and do not run
         self.failure: Exception | None = None  # of a launch by a library, which saw an error code
 
     def register(self, tensor: torch.Tensor, name: str = "registered") -> torch.Tensor:
@@ -94,6 +104,9 @@ class Device:
         if shared_bytes > self.max_shared_bytes:
             limit = f"sm_{self.capability} has {self.max_shared_bytes}"
             raise ArgumentError(f"{kernel}: {shared_bytes} bytes of shared memory, {limit}")
+        if self.instead is not None:
+            block = (block,) if isinstance(block, int) else tuple(block)
+            return self.instead(Launch(program, kernel, block, shared_bytes))
         known = [tensor_row(*entry) for entry in self._memory.values()]
         counts = program.run(
             kernel,
