@@ -192,15 +192,20 @@ void count_shared(Warp& w, const Instr& in, uint32_t mask, const uint64_t* addre
   for (int begin = 0; begin < kLanes; begin += lanes) {
     uint32_t units[kLanes];
     int n = 0;
-    for (int l = begin; l < begin + lanes; ++l) {
-      if ((mask >> l & 1) != 0) units[n++] = static_cast<uint32_t>(address[l] >> shift);
+    if (mask == kAllLanes) {
+      for (; n < lanes; ++n) units[n] = static_cast<uint32_t>(address[begin + n] >> shift);
+    } else {
+      for (int l = begin; l < begin + lanes; ++l) {
+        if ((mask >> l & 1) != 0) units[n++] = static_cast<uint32_t>(address[l] >> shift);
+      }
     }
     if (n == 0) continue;
     c.bytes += static_cast<uint64_t>(n * bytes);
-    bool in_row = true;
-    for (int i = 1; i < n; ++i) in_row = in_row && units[i] == units[0] + static_cast<uint32_t>(i);
-    int different = n;
-    c.wavefronts += in_row ? 1 : static_cast<uint64_t>(passes(units, n, banks, &different));
+    uint32_t used = 0;
+    for (int i = 0; i < n; ++i) used |= 1u << (units[i] & (banks - 1));
+    int different = n;  // banks of their own: one pass
+    c.wavefronts +=
+        bit_count(used) == n ? 1 : static_cast<uint64_t>(passes(units, n, banks, &different));
     c.ideal_wavefronts += static_cast<uint64_t>((different + lanes - 1) / lanes);
   }
 }

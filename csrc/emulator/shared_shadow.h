@@ -25,6 +25,12 @@ struct ShadowWord {
   uint8_t in_flight = 0;
 };
 
+// 16 bytes. While all accesses are of the whole of it, one record stands for its four words.
+struct ShadowGranule {
+  ShadowWord whole;
+  bool split = false;  // into words
+};
+
 class SharedShadow {
  public:
   // Forgets everything in constant time: older epochs do not count any more.
@@ -51,7 +57,19 @@ class SharedShadow {
   [[noreturn]] void fail_race(Warp& w, const Instr& in, int lane, uint32_t address,
                               const char* what, uint32_t other);
 
-  std::vector<ShadowWord> words_;
+  // The record of all 16 bytes, if there is one: put together from equal words where it can be.
+  ShadowWord* whole(uint32_t address);
+  ShadowWord* whole_for_write(const Warp& w, uint32_t address);
+  ShadowWord& word(uint32_t address);  // splits
+  const ShadowWord& look(uint32_t address) const;
+  bool plain_read(const Warp& w, const ShadowWord& word, uint8_t bytes) const;
+  bool plain_write(const Warp& w, const ShadowWord& word) const;
+  void read_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
+  void write_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes,
+                   const char* data);
+
+  std::vector<ShadowGranule> granules_;
+  std::vector<ShadowWord> words_;  // of granules that are split
   uint32_t epoch_ = 1;
   uint32_t base_ = 1;  // first epoch of this CTA
 };
