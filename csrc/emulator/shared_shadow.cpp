@@ -211,7 +211,7 @@ void SharedShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, 
 void SharedShadow::launch_copy(Warp& w, const Instr& in, int lane, uint32_t address, int bytes) {
   for_words(address, bytes, [&](uint32_t a, uint8_t m) {
     check_write(w, in, lane, a, m, nullptr);
-    words_[a >> 2].in_flight |= m;
+    if (w.options->async_copies) words_[a >> 2].in_flight |= m;
   });
 }
 
