@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "access.h"
+#include "global_shadow.h"
 #include "lanes.h"
 #include "modifiers.h"
 
@@ -25,6 +26,7 @@ void land(Warp& w, const AsyncCopy& copy, uint32_t lanes, int index) {
     }
     if (w.options->races || w.options->uninitialised)
       w.worker->shadow.land_copy(w, index, copy.to[l], copy.bytes);
+    if (w.options->warp_races) w.worker->lanes->land_copy(w, index, l, copy.to[l], copy.bytes);
   });
 }
 
@@ -65,10 +67,13 @@ void issue(Warp& w, const Instr& in, uint32_t mask) {
       }
     });
     count_global(w, in, reading, from, in.bytes);
+    if (w.options->global_races && w.launch->follow[static_cast<size_t>(in.index)] != 0)
+      record_global_reads(w, in, reading, from, in.bytes);
   }
   if (w.options->races || w.options->uninitialised) {
     for_lanes(mask, [&](int l) { w.worker->shadow.launch_copy(w, in, l, copy.to[l], in.bytes); });
   }
+  if (w.options->warp_races) w.worker->lanes->write(w, in, mask, to, in.bytes, nullptr, 0);
   // Lanes that have committed different numbers of groups are kept apart.
   for (uint32_t left = mask; left != 0;) {
     const uint32_t group = w.committed[__builtin_ctz(left)];

@@ -333,12 +333,12 @@ void SharedShadow::launch_copy(Warp& w, const Instr& in, int lane, uint32_t addr
   ShadowWord* const whole = bytes == kGranule ? whole_for_write(w, address) : nullptr;
   if (whole != nullptr) {
     record_full_write(w, place(w, in.index), whole);
-    whole->in_flight = kAll;
+    whole->in_flight = w.options->async_copies ? kAll : 0;
     return;
   }
   for_words(address, bytes, [&](uint32_t a, uint8_t m) {
     check_write(w, in, lane, a, m, nullptr);
-    word(a).in_flight |= m;
+    if (w.options->async_copies) word(a).in_flight |= m;
   });
 }
 

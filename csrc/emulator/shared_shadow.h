@@ -1,7 +1,7 @@
 // What is known of each 4-byte word of shared memory: who wrote and read it last and when, which
 // bytes are set, which wait for a cp.async. Order between warps is by epochs: an access is ordered
 // before a warp's next one if that warp has `seen` the epoch of the accessing warp (barriers join
-// what warps have seen). Lanes of one warp are not checked against each other.
+// what warps have seen). Lanes of one warp: lane_shadow.h.
 #pragma once
 
 #include <cstdint>
