@@ -9,7 +9,7 @@ llmkern._C_cuda and llmkern._C_cuda_emulated hold the CUDA kernels, where there 
 (tools/cuda_build.py).
 
 Environment: LLMKERN_CUDA, LLMKERN_CUDA_ARCHS, CUDA_HOME (tools/cuda_build.py); LLMKERN_EMULATOR=off
-leaves the emulator out; CXX, CXXFLAGS;
+and LLMKERN_CPU=off leave the emulator or the CPU kernels out; CXX, CXXFLAGS;
 LLMKERN_SANITIZE=1 builds all but the CUDA part with AddressSanitizer and
 UndefinedBehaviorSanitizer.
 """
@@ -101,7 +101,9 @@ def cudart_objects() -> list[tuple[str, Path, list[str]]]:
     return [(f"cudart_{p.stem}", p, own) for p in sorted((ROOT / CUDART).glob("*.cpp"))]
 
 
-OBJECTS = {"llmkern._C_cpu": cpu_objects}
+OBJECTS = {}
+if os.environ.get("LLMKERN_CPU") != "off":
+    OBJECTS["llmkern._C_cpu"] = cpu_objects
 if os.environ.get("LLMKERN_EMULATOR") != "off":
     OBJECTS["llmkern._C_emulator"] = emulator_objects
 # Not checked here: setup.py also runs to ask what the build requires.

@@ -192,15 +192,20 @@ void count_shared(Warp& w, const Instr& in, uint32_t mask, const uint64_t* addre
   for (int begin = 0; begin < kLanes; begin += lanes) {
     uint32_t units[kLanes];
     int n = 0;
-    for (int l = begin; l < begin + lanes; ++l) {
-      if ((mask >> l & 1) != 0) units[n++] = static_cast<uint32_t>(address[l] >> shift);
+    if (mask == kAllLanes) {
+      for (; n < lanes; ++n) units[n] = static_cast<uint32_t>(address[begin + n] >> shift);
+    } else {
+      for (int l = begin; l < begin + lanes; ++l) {
+        if ((mask >> l & 1) != 0) units[n++] = static_cast<uint32_t>(address[l] >> shift);
+      }
     }
     if (n == 0) continue;
     c.bytes += static_cast<uint64_t>(n * bytes);
-    bool in_row = true;
-    for (int i = 1; i < n; ++i) in_row = in_row && units[i] == units[0] + static_cast<uint32_t>(i);
-    int different = n;
-    c.wavefronts += in_row ? 1 : static_cast<uint64_t>(passes(units, n, banks, &different));
+    uint32_t used = 0;
+    for (int i = 0; i < n; ++i) used |= 1u << (units[i] & (banks - 1));
+    int different = n;  // banks of their own: one pass
+    c.wavefronts +=
+        bit_count(used) == n ? 1 : static_cast<uint64_t>(passes(units, n, banks, &different));
     c.ideal_wavefronts += static_cast<uint64_t>((different + lanes - 1) / lanes);
   }
 }
@@ -251,6 +256,25 @@ void by_window(uint32_t mask, const uint64_t* address, const F& f) {
   if (mask != 0) f(Space::kGlobal, mask, address);
 }
 
+// Races between CTAs.
+void follow_read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
+  if (!w.options->global_races) return;
+  if (w.launch->order != nullptr && in.order != 0) {
+    record_global_atomics(w, in, mask, address, bytes, GlobalAccessKind::kAtomicRead);
+  } else if (w.launch->follow[static_cast<size_t>(in.index)] != 0) {
+    record_global_reads(w, in, mask, address, bytes);
+  }
+}
+void follow_write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
+                  const char* data, int stride) {
+  if (!w.options->global_races) return;
+  if (w.launch->order != nullptr && in.order != 0) {
+    record_global_atomics(w, in, mask, address, bytes, GlobalAccessKind::kAtomicStore);
+  } else {
+    record_global_stores(w, in, mask, address, bytes, data, stride);
+  }
+}
+
 void host_pointers(uint32_t mask, const uint64_t* address, char** to) {
   (void)mask;
   for (int l = 0; l < kLanes; ++l) to[l] = reinterpret_cast<char*>(address[l]);
@@ -264,6 +288,7 @@ void resolve_read(Warp& w, const Instr& in, uint32_t mask, Space space, const ui
     case Space::kGlobal:
       check_global(w, in, mask, address, bytes, Access::kRead);
       count_global(w, in, mask, address, bytes);
+      follow_read(w, in, mask, address, bytes);
       return host_pointers(mask, address, to);
     case Space::kShared:
       check_shared(w, in, mask, address, bytes, "read");
@@ -271,6 +296,7 @@ void resolve_read(Warp& w, const Instr& in, uint32_t mask, Space space, const ui
       if (w.options->races || w.options->uninitialised) {
         w.worker->shadow.read(w, in, mask, address, bytes);
       }
+      if (w.options->warp_races) w.worker->lanes->read(w, in, mask, address, bytes);
       for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
       return;
     case Space::kLocal:
@@ -295,13 +321,16 @@ void resolve_write(Warp& w, const Instr& in, uint32_t mask, Space space, const u
     case Space::kGlobal:
       check_global(w, in, mask, address, bytes, Access::kWrite);
       count_global(w, in, mask, address, bytes);
-      if (w.options->global_races) record_global_stores(w, in, mask, address, bytes, data, stride);
+      follow_write(w, in, mask, address, bytes, data, stride);
       return host_pointers(mask, address, to);
     case Space::kShared:
       check_shared(w, in, mask, address, bytes, "write");
       count_shared(w, in, mask, address, bytes);
       if (w.options->races || w.options->uninitialised) {
         w.worker->shadow.write(w, in, mask, address, bytes, data, stride);
+      }
+      if (w.options->warp_races) {
+        w.worker->lanes->write(w, in, mask, address, bytes, data, stride);
       }
       for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
       return;
@@ -332,7 +361,9 @@ void resolve_atomic(Warp& w, const Instr& in, uint32_t mask, Space space, const 
     check_shared(w, in, mask, address, bytes, "atomic");
     count_shared(w, in, mask, address, bytes);
     for_lanes(mask, [&](int l) {
-      w.worker->shadow.atomic(w, in, l, static_cast<uint32_t>(address[l]), bytes);
+      const auto at = static_cast<uint32_t>(address[l]);
+      w.worker->shadow.atomic(w, in, l, at, bytes);
+      if (w.options->warp_races) w.worker->lanes->atomic(w, in, l, at, bytes);
       to[l] = w.shared + address[l];
     });
     return;
@@ -340,6 +371,8 @@ void resolve_atomic(Warp& w, const Instr& in, uint32_t mask, Space space, const 
   if (space != Space::kGlobal) fail("out of bounds", "atomic on local memory", -1);
   check_global(w, in, mask, address, bytes, Access::kAtomic);
   count_global(w, in, mask, address, bytes);
+  if (w.launch->order != nullptr)
+    record_global_atomics(w, in, mask, address, bytes, GlobalAccessKind::kAtomic);
   host_pointers(mask, address, to);
 }
 

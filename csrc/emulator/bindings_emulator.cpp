@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "global_shadow.h"
 #include "report.h"
 
 namespace py = pybind11;
@@ -89,25 +90,15 @@ Options read_options(const py::dict& d) {
   o.bounds = d["bounds"].cast<bool>();
   o.uninitialised = d["uninitialised"].cast<bool>();
   o.races = d["races"].cast<bool>();
+  o.warp_races = d["warp_races"].cast<bool>();
   o.global_races = d["global_races"].cast<bool>();
+  o.async_copies = d["async_copies"].cast<bool>();
+  o.collectives = d["collectives"].cast<bool>();
   o.counters = d["counters"].cast<bool>();
   o.threads = d["threads"].cast<int>();
   o.seed = d["seed"].cast<uint64_t>();
   o.budget = d["budget"].cast<uint64_t>();
   return o;
-}
-
-bool compares_32_bits(const Program& program, const std::string& kernel) {
-  for (const Function& f : program.ast.functions) {
-    if (f.name != kernel) continue;
-    for (const Statement& s : f.body) {
-      if (s.opcode != "atom" && s.opcode != "red") continue;
-      for (const std::string& m : s.modifiers) {
-        if (m == "cas") return true;
-      }
-    }
-  }
-  return false;
 }
 
 // name, begin, bytes, bytes of an element, address of its written flags or 0
@@ -147,7 +138,8 @@ py::tuple launch(const Program& program, const std::string& name, std::array<uin
     known.push_back({variable.first, begin, begin + variable.second.size(), 1, nullptr});
   }
   // Compare-and-swap on 16-bit elements is done on the aligned word around them.
-  l.registry.build(std::move(known), compares_32_bits(program, name));
+  l.registry.build(std::move(known), l.kernel->compares);
+  prepare_global_races(&l);
   Result result;
   {
     const py::gil_scoped_release release;
@@ -155,7 +147,7 @@ py::tuple launch(const Program& program, const std::string& name, std::array<uin
   }
   py::object report = py::none();
   if (result.report.failed) report = describe_report(result.report);
-  return py::make_tuple(report, pack_counts(result.counts));
+  return py::make_tuple(report, pack_counts(result.counts), py::bytes(result.printed));
 }
 
 }  // namespace

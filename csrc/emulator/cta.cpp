@@ -111,9 +111,12 @@ void write_votes(Warp& w, const Barrier& b) {
 void release(Worker& worker, Barrier& b) {
   Cta& cta = worker.cta;
   const uint32_t epoch = worker.shadow.next_epoch();
+  GlobalOrder* order = worker.launch->order.get();
+  const auto index = static_cast<int>(&b - cta.barriers);
   for_lanes(b.waiting, [&](int i) {
     Warp& w = cta.warps[static_cast<size_t>(i)];
     for (int j = 0; j < kMaxWarps; ++j) w.seen[j] = std::max(w.seen[j], b.seen[j]);
+    if (order != nullptr) order->leave(w, index);
     write_votes(w, b);
     w.state = Warp::kReady;
     w.epoch = epoch;
@@ -121,6 +124,7 @@ void release(Worker& worker, Barrier& b) {
     w.all_seen = *std::min_element(w.seen, w.seen + cta.warps.size());
   });
   b = Barrier();
+  if (order != nullptr) order->end_barrier(index);
 }
 
 bool complete(const Cta& cta, const Barrier& b) {
@@ -188,6 +192,7 @@ void arrive_at_barrier(Warp& w, const Instr& in, uint32_t mask) {
     b.votes_or |= votes;
     b.votes_count += static_cast<uint32_t>(bit_count(votes));
   }
+  if (w.launch->order != nullptr) w.launch->order->arrive(w, static_cast<int>(id));
   if (in.imm == 0) {
     b.waiting |= 1u << w.id;
     w.barrier = static_cast<int>(id);
@@ -209,6 +214,8 @@ void run_cta(Worker& worker, int64_t linear, int64_t position) {
   cta.id[2] = static_cast<uint32_t>(linear / launch.grid[0] / launch.grid[1]);
   worker.shadow.begin_cta(launch.shared_bytes());
   const int warps = launch.warps();
+  if (launch.order != nullptr) launch.order->begin_cta();
+  if (worker.lanes != nullptr) worker.lanes->begin_cta(launch.shared_bytes(), warps);
   if (cta.warps.empty()) {
     cta.warps.resize(static_cast<size_t>(warps));
     for (int i = 0; i < warps; ++i) make_warp(worker, cta.warps[static_cast<size_t>(i)], i);

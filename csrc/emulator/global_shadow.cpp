@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "address_sources.h"
+
 namespace llmkern {
 namespace emulator {
 namespace {
@@ -24,85 +26,226 @@ class Locked {
   const Allocation* a_;
 };
 
-void note_race(const Launch& launch, int64_t later, uint64_t address, int32_t index) {
-  GlobalRace& race = launch.race;
-  const std::lock_guard<std::mutex> guard(race.mutex);
-  if (race.later >= 0 && (race.later < later || (race.later == later && race.address <= address)))
-    return;
-  race.later = later;
-  race.address = address;
-  race.index = index;
-}
-
-struct Store {
+struct Found {
+  int64_t later;  // position of the later CTA
   uint64_t address;
-  int bytes;
-  const char* data;
+  int32_t index, other;  // the later CTA's instruction, and the earlier one's
+  const char* what;
 };
 
-// T: an unsigned integer of a granule's size.
-template <class T>
-void record_store(Warp& w, const Instr& in, const Allocation& a, const Store& s) {
-  const auto mine = static_cast<uint32_t>(w.cta->position + 1);
-  constexpr int kBytes = static_cast<int>(sizeof(T));
-  const uint64_t first = (s.address - a.begin) / sizeof(T);
-  for (int at = 0; at < s.bytes; at += kBytes) {
-    const uint64_t element = first + static_cast<uint64_t>(at / kBytes);
-    StoreRecord& record = a.stores[element];
-    uint64_t bits;
-    if (s.bytes >= kBytes) {
-      T whole;
-      std::memcpy(&whole, s.data + at, sizeof whole);
-      bits = whole;
-    } else {
-      bits = 0;
-      std::memcpy(&bits, s.data, static_cast<size_t>(s.bytes));
+constexpr const char* kStores = "two CTAs store different values to";
+constexpr const char* kReads = "one CTA stores and another one reads";
+constexpr const char* kAtomics = "one CTA's atomic meets another one's plain access at";
+
+void note_race(const Launch& launch, const Found& found) {
+  GlobalRace& race = launch.race;
+  const std::lock_guard<std::mutex> guard(race.mutex);
+  if (race.later >= 0 &&
+      (race.later < found.later || (race.later == found.later && race.address <= found.address)))
+    return;
+  race.later = found.later;
+  race.address = found.address;
+  race.index = found.index;
+  race.other = found.other;
+  race.what = found.what;
+}
+
+// Calls f(allocation, lanes) for the lanes of each allocation, under its lock. Lanes outside all of
+// them are left out: bounds are not checked then.
+template <class F>
+void for_allocations(Warp& w, uint32_t mask, const uint64_t* address, int bytes, const F& f) {
+  const auto size = static_cast<uint64_t>(bytes);
+  while (mask != 0) {
+    const Allocation* a = w.launch->registry.find(address[__builtin_ctz(mask)], size);
+    if (a == nullptr) {
+      mask &= mask - 1;
+      continue;
     }
-    const auto value = static_cast<uint32_t>(bits ^ bits >> 32);
-    const uint32_t theirs = record.after_position;
-    if (theirs != 0 && theirs != mine && record.value != value) {
-      note_race(*w.launch, std::max(theirs, mine) - 1, a.begin + element * sizeof(T),
-                theirs > mine ? record.index : in.index);
-    }
-    if (theirs == 0 || mine <= theirs) record = {mine, value, in.index};
+    uint32_t inside = 0;
+    for_lanes(mask, [&](int l) {
+      inside |= uint32_t{address[l] >= a->begin && address[l] + size <= a->end} << l;
+    });
+    const Locked locked(a, w.options->threads > 1);
+    f(*a, inside);
+    mask &= ~inside;
   }
 }
 
-using RecordStore = void (*)(Warp&, const Instr&, const Allocation&, const Store&);
+template <class T>
+T* zeroed(const Allocation& a) {
+  return static_cast<T*>(std::calloc((a.end - a.begin + a.granule - 1) / a.granule, sizeof(T)));
+}
 
-RecordStore recorder(uint32_t granule) {
-  return granule == 1   ? &record_store<uint8_t>
-         : granule == 2 ? &record_store<uint16_t>
-         : granule == 4 ? &record_store<uint32_t>
-                        : &record_store<uint64_t>;
+// Calls f(element, value) for each shadow element of a lane's bytes; value: what `data` holds
+// there. T: an unsigned integer of a granule's size.
+template <class T, class F>
+void for_elements(const Allocation& a, uint64_t address, int bytes, const char* data, const F& f) {
+  constexpr int kBytes = static_cast<int>(sizeof(T));
+  const uint64_t first = (address - a.begin) / sizeof(T);
+  for (int at = 0; at < bytes; at += kBytes) {
+    uint64_t bits = 0;
+    if (bytes >= kBytes) {
+      T whole;
+      std::memcpy(&whole, data + at, sizeof whole);
+      bits = whole;
+    } else {
+      std::memcpy(&bits, data, static_cast<size_t>(bytes));
+    }
+    f(first + static_cast<uint64_t>(at / kBytes), static_cast<uint32_t>(bits ^ bits >> 32));
+  }
+}
+
+template <class F>
+void by_granule(const Allocation& a, const F& f) {
+  switch (a.granule) {
+    case 1:
+      return f(uint8_t{});
+    case 2:
+      return f(uint16_t{});
+    case 4:
+      return f(uint32_t{});
+    default:
+      return f(uint64_t{});
+  }
+}
+
+// Without order between CTAs.
+
+void note_read(Warp& w, const Instr& in, const Allocation& a, uint64_t element) {
+  const auto mine = static_cast<uint32_t>(w.cta->position + 1);
+  const StoreRecord* store = a.stores == nullptr ? nullptr : &a.stores[element];
+  const uint32_t writer = store == nullptr ? 0 : store->after_position;
+  if (writer == mine) return;  // its own value
+  ReadRecord& read = a.reads[element];
+  if (writer != 0) {
+    const bool later = mine > writer;
+    note_race(*w.launch,
+              {std::max(writer, mine) - 1, a.begin + element * a.granule,
+               later ? in.index : store->index, later ? store->index : in.index, kReads});
+  }
+  if (read.first == mine || read.second == mine) return;
+  if (read.first == 0 || mine < read.first) {
+    read = {mine, read.first, in.index, read.first_index};
+  } else if (read.second == 0 || mine < read.second) {
+    read.second = mine;
+    read.second_index = in.index;
+  }
+}
+
+void note_store(Warp& w, const Instr& in, const Allocation& a, uint64_t element, uint32_t value) {
+  const auto mine = static_cast<uint32_t>(w.cta->position + 1);
+  StoreRecord& record = a.stores[element];
+  const uint32_t theirs = record.after_position;
+  if (theirs != 0 && theirs != mine && record.value != value) {
+    const bool later = mine > theirs;
+    note_race(*w.launch,
+              {std::max(theirs, mine) - 1, a.begin + element * a.granule,
+               later ? in.index : record.index, later ? record.index : in.index, kStores});
+  }
+  if (a.reads != nullptr) {
+    const ReadRecord& read = a.reads[element];
+    const bool first = read.first != 0 && read.first != mine;
+    const uint32_t reader = first ? read.first : read.second;
+    const int32_t index = first ? read.first_index : read.second_index;
+    if (reader != 0 && reader != mine) {
+      const bool later = mine > reader;
+      note_race(*w.launch, {std::max(reader, mine) - 1, a.begin + element * a.granule,
+                            later ? in.index : index, later ? index : in.index, kReads});
+    }
+  }
+  if (theirs == 0 || mine <= theirs) record = {mine, value, in.index};
+}
+
+// With order.
+
+void note_ordered(Warp& w, const Instr& in, const Allocation& a, uint64_t element, uint32_t value,
+                  GlobalAccessKind kind) {
+  if (a.order == nullptr) a.order.reset(zeroed<OrderRecord>(a));
+  OrderRecord& record = a.order[element];
+  const GlobalAccess* other = w.launch->order->touch(w, in, kind, value, &record);
+  if (other == nullptr) return;
+  const bool plain = kind == GlobalAccessKind::kRead || kind == GlobalAccessKind::kStore;
+  const char* what = !plain || other == &record.atomic                            ? kAtomics
+                     : kind == GlobalAccessKind::kStore && other == &record.store ? kStores
+                                                                                  : kReads;
+  note_race(*w.launch,
+            {w.cta->position, a.begin + element * a.granule, in.index, other->index, what});
 }
 
 }  // namespace
 
+void prepare_global_races(Launch* launch) {
+  if (!launch->options.global_races) return;
+  const int64_t ctas = int64_t{launch->grid[0]} * launch->grid[1] * launch->grid[2];
+  if (launch->kernel->has_global_atomics) {
+    if (ctas > kMostOrderedCtas) return;
+    launch->order = std::make_unique<GlobalOrder>(ctas, launch->warps());
+  }
+  launch->follow = reads_of_stored_memory(*launch);
+}
+
+void record_global_reads(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
+                         int bytes) {
+  for_allocations(w, mask, address, bytes, [&](const Allocation& a, uint32_t lanes) {
+    if (w.launch->order == nullptr && a.reads == nullptr) a.reads.reset(zeroed<ReadRecord>(a));
+    const auto granule = static_cast<uint64_t>(a.granule);
+    for_lanes(lanes, [&](int l) {
+      const uint64_t first = (address[l] - a.begin) / granule;
+      const uint64_t last = (address[l] - a.begin + static_cast<uint64_t>(bytes) - 1) / granule;
+      for (uint64_t element = first; element <= last; ++element) {
+        if (w.launch->order == nullptr) {
+          note_read(w, in, a, element);
+        } else {
+          note_ordered(w, in, a, element, 0, GlobalAccessKind::kRead);
+        }
+      }
+    });
+  });
+}
+
 void record_global_stores(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
                           int bytes, const char* data, int stride) {
-  // Kernels with atomics may order their CTAs by them; their stores are left alone.
-  if (w.launch->kernel->has_global_atomics) return;
-  const auto size = static_cast<uint64_t>(bytes);
-  while (mask != 0) {
-    const Allocation* a = w.launch->registry.find(address[__builtin_ctz(mask)], size);
-    if (a == nullptr) {  // bounds are not checked, and this is outside
-      mask &= mask - 1;
-      continue;
+  if (w.launch->kernel->has_global_atomics && w.launch->order == nullptr) return;
+  for_allocations(w, mask, address, bytes, [&](const Allocation& a, uint32_t lanes) {
+    if (w.launch->order == nullptr && a.stores == nullptr) a.stores.reset(zeroed<StoreRecord>(a));
+    by_granule(a, [&](auto granule) {
+      for_lanes(lanes, [&](int l) {
+        const auto note = [&](uint64_t element, uint32_t value) {
+          if (w.launch->order == nullptr) return note_store(w, in, a, element, value);
+          note_ordered(w, in, a, element, value, GlobalAccessKind::kStore);
+        };
+        for_elements<decltype(granule)>(a, address[l], bytes, data + l * stride, note);
+      });
+    });
+  });
+}
+
+void record_global_atomics(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
+                           int bytes, GlobalAccessKind kind) {
+  GlobalOrder& order = *w.launch->order;
+  for_allocations(w, mask, address, bytes, [&](const Allocation& a, uint32_t lanes) {
+    if (a.order == nullptr) a.order.reset(zeroed<OrderRecord>(a));
+    const auto record = [&](int l) -> OrderRecord& {
+      return a.order[(address[l] - a.begin) / a.granule];
+    };
+    if (kind != GlobalAccessKind::kAtomicStore) {
+      uint32_t last = 0;
+      for_lanes(lanes, [&](int l) {
+        if (record(l).release != last) order.learn(w, last = record(l).release);
+      });
     }
-    const Locked locked(a, w.options->threads > 1);
-    if (a->stores == nullptr) {
-      const uint64_t elements = (a->end - a->begin + a->granule - 1) / a->granule;
-      a->stores.reset(static_cast<StoreRecord*>(std::calloc(elements, sizeof(StoreRecord))));
+    // A wider word is compared and swapped to change one of its elements, which one is not known.
+    if (bytes <= static_cast<int>(a.granule)) {
+      for_lanes(lanes, [&](int l) {
+        note_ordered(w, in, a, (address[l] - a.begin) / a.granule, 0, kind);
+      });
     }
-    const RecordStore record = recorder(a->granule);
-    for (uint32_t left = mask; left != 0; left &= left - 1) {
-      const int l = __builtin_ctz(left);
-      if (address[l] < a->begin || address[l] + size > a->end) continue;
-      record(w, in, *a, {address[l], bytes, data + l * stride});
-      mask &= ~(1u << l);
-    }
-  }
+    if (kind == GlobalAccessKind::kAtomicRead) return;
+    const uint32_t release = order.hand_on(w, in);
+    for_lanes(lanes, [&](int l) {
+      if (release != 0 || kind == GlobalAccessKind::kAtomicStore) record(l).release = release;
+    });
+  });
 }
 
 }  // namespace emulator

@@ -98,8 +98,10 @@ struct Instr {
   uint32_t all_members = 0;   // the mask, if it is a constant
   uint8_t address = 0;        // index in r of the address register
   bool wide_address = false;  // 64-bit
+  uint8_t order = 0;          // kStrong, kReleases
   bool uniform = false;       // bra.uni: all lanes must go one way
   Track track = Track::kAny;
+  uint64_t sources = 0;         // bits of Kernel::pointers that a global address may come from
   int32_t tracked = -1;         // index in Kernel::tracked: may meet an unset register
   Handler untracked = nullptr;  // then: what `run` was
   uint32_t r[kMaxOperands] = {};
@@ -109,6 +111,11 @@ struct Instr {
   int32_t index = 0;   // own position
   Place place;
 };
+
+// Instr::order: volatile, relaxed, acquire, release; hands on what happened before.
+constexpr uint8_t kStrong = 1, kReleases = 2;
+// Instr::mode of a load of a parameter at imm.
+constexpr uint32_t kWholeParameter = 1;
 
 struct Parameter {
   std::string name;
@@ -164,7 +171,10 @@ struct Kernel {
   int64_t dynamic_base = 0;   // where `.extern .shared` begins
   int64_t local_bytes = 0;
   int threads_required = 0, threads_max = 1024;
-  bool has_global_atomics = false;
+  bool has_global_atomics = false;           // or volatile, relaxed ... accesses
+  std::vector<int64_t> pointers;             // places of 64-bit parameters
+  bool compares = false;                     // atom.cas
+  std::vector<std::vector<int64_t>> passed;  // by call: where in local memory its parameters lie
   std::vector<Tracked> tracked;
   int poison_slots = 0;
 

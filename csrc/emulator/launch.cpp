@@ -1,11 +1,13 @@
 // A launch: CTAs in order (or shuffled by the seed) over host threads. The report is that of the
 // earliest CTA that fails, whichever thread ran it: later CTAs are dropped, earlier ones go on.
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <limits>
 #include <numeric>
 #include <thread>
 
+#include "device_printf.h"
 #include "machine.h"
 #include "random_order.h"
 #include "report.h"
@@ -35,6 +37,7 @@ class Run {
     work_or_keep_error();
     for (std::thread& t : others) t.join();
     if (error_ != nullptr) std::rethrow_exception(error_);
+    gather_printed();
     const GlobalRace& race = launch_.race;
     if (race.later >= 0 && race.later < first_failure_) {
       result_.report = describe_global_race(launch_, static_cast<uint64_t>(linear(race.later)));
@@ -72,9 +75,25 @@ class Run {
           result_.report = describe_fault(launch_, worker.cta, fault);
         }
       }
+      if (worker.printed.empty()) continue;
+      const std::lock_guard<std::mutex> guard(mutex_);
+      printed_.emplace_back(position, std::move(worker.printed));
+      worker.printed.clear();
     }
     const std::lock_guard<std::mutex> guard(mutex_);
     for (size_t i = 0; i < result_.counts.size(); ++i) result_.counts[i].add(worker.counts[i]);
+  }
+
+  void gather_printed() {
+    std::sort(printed_.begin(), printed_.end());
+    for (const auto& part : printed_) {
+      if (part.first > first_failure_) break;
+      result_.printed += part.second;
+      if (result_.printed.size() < kMostPrinted) continue;
+      result_.printed.resize(kMostPrinted);
+      result_.printed += "\n(more was printed)\n";
+      break;
+    }
   }
 
   void prepare(Worker* worker) {
@@ -92,6 +111,7 @@ class Run {
     worker->poison.resize(static_cast<size_t>(k.poison_slots) * warps + 1);
     worker->counts.resize(k.code.size());
     worker->hints.resize(k.code.size());
+    if (launch_.options.warp_races) worker->lanes = std::make_unique<LaneShadow>();
   }
 
   Launch& launch_;
@@ -101,6 +121,7 @@ class Run {
   std::atomic<int64_t> first_failure_{std::numeric_limits<int64_t>::max()};
   std::mutex mutex_;
   std::exception_ptr error_;
+  std::vector<std::pair<int64_t, std::string>> printed_;  // by position of the CTA
   Result result_;
 };
 

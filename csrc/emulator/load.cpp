@@ -2,7 +2,9 @@
 #include <cstring>
 #include <sstream>
 
+#include "address_sources.h"
 #include "decode.h"
+#include "inline_calls.h"
 #include "poison.h"
 
 namespace llmkern {
@@ -96,6 +98,7 @@ void KernelBuilder::lay_out_shared() {
 }
 
 void KernelBuilder::place_shared(const Variable& v) {
+  if (shared_.count(v.name) != 0) return;  // of a function that is called twice
   kernel->static_shared = align_up(kernel->static_shared, v.align);
   shared_[v.name] = static_cast<uint64_t>(kernel->static_shared);
   kernel->static_shared += v.bytes;
@@ -143,6 +146,9 @@ bool KernelBuilder::find_register(const std::string& name, int scope, Found* out
 
 const Variable* KernelBuilder::find_variable(const std::string& name, int scope) const {
   for (int at = scope; at >= 0; at = function->scopes[at].parent) {
+    const auto alias = function->scopes[at].aliases.find(name);
+    if (alias != function->scopes[at].aliases.end())
+      return find_variable(alias->second.second, alias->second.first);
     const auto found = function->scopes[at].variables.find(name);
     if (found != function->scopes[at].variables.end()) return &found->second;
   }
@@ -231,7 +237,8 @@ int capability_of(const std::string& target) {
   return digit == std::string::npos ? 0 : std::atoi(target.c_str() + digit);
 }
 
-std::unique_ptr<Kernel> load_kernel(Program* program, const Function& f) {
+std::unique_ptr<Kernel> load_kernel(Program* program, const Function& entry) {
+  const Function f = inline_calls(program->ast, entry);
   auto kernel = std::make_unique<Kernel>();
   kernel->name = f.name;
   kernel->capability = capability_of(program->ast.target);
@@ -249,6 +256,7 @@ std::unique_ptr<Kernel> load_kernel(Program* program, const Function& f) {
   last.klass = Class::kControl;
   last.index = static_cast<int32_t>(f.body.size());
   if (!f.body.empty()) last.place = f.body.back().place;
+  find_address_sources(kernel.get());
   find_unset_registers(kernel.get());
   return kernel;
 }

@@ -3,11 +3,13 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "ir.h"
+#include "lane_shadow.h"
 #include "memory.h"
 #include "shared_shadow.h"
 
@@ -18,7 +20,10 @@ struct Options {
   bool bounds = true;         // out of bounds and misaligned
   bool uninitialised = true;  // shared memory, registers
   bool races = true;          // shared memory, between warps
-  bool global_races = true;   // plain stores of different CTAs
+  bool warp_races = false;    // shared memory, between lanes of a warp
+  bool global_races = true;   // global memory, between CTAs
+  bool async_copies = true;   // touches of what cp.async has under way
+  bool collectives = true;    // shfl, mma, bar ... that not all lanes reach
   bool counters = true;
   int threads = 1;
   uint64_t seed = 0;           // 0: CTAs and warps in order, else shuffled by it
@@ -53,12 +58,13 @@ struct Count {
   }
 };
 
-// The first race between plain global stores, by position of the later CTA, then address.
+// The first race between CTAs, by position of the later one, then address.
 struct GlobalRace {
   std::mutex mutex;
   int64_t later = -1;
   uint64_t address = 0;
-  int32_t index = 0;  // of the later store
+  int32_t index = 0, other = 0;  // instruction of the later CTA, of the earlier one
+  const char* what = "";
 };
 
 struct Launch {
@@ -70,6 +76,8 @@ struct Launch {
   Options options;
   Registry registry;
   mutable GlobalRace race;
+  std::vector<uint8_t> follow;         // by instruction: its reads may meet stores of this launch
+  std::unique_ptr<GlobalOrder> order;  // where CTAs may be ordered by atomics
 
   int threads() const { return static_cast<int>(block[0] * block[1] * block[2]); }
   int warps() const { return (threads() + kLanes - 1) / kLanes; }
@@ -114,6 +122,7 @@ struct Warp {
   int32_t pc = 0;     // of the instruction under way
   uint32_t mask = 0;  // lanes of its group, before the guard
   uint64_t steps = 0, divergent_steps = 0;
+  bool forced = false;  // a collective runs without the lanes that are missing
   // Barrier it waits at.
   int barrier = 0;
   int32_t barrier_pc = 0;
@@ -156,7 +165,9 @@ struct Worker {
   std::vector<char> registers, shared, local;
   std::vector<uint32_t> poison;
   SharedShadow shadow;
+  std::unique_ptr<LaneShadow> lanes;  // where lanes of a warp are checked against each other
   std::vector<Count> counts;
+  std::string printed;                   // by the CTA that runs
   std::vector<const Allocation*> hints;  // by instruction: where it last was
   Cta cta;
 };
@@ -176,6 +187,11 @@ inline void for_lanes(uint32_t mask, const F& f) {
     f(__builtin_ctz(mask));
     mask &= mask - 1;
   }
+}
+
+// The lanes of `mask` wait for each other.
+inline void meet(Warp& w, uint32_t mask) {
+  if (w.worker->lanes != nullptr) w.worker->lanes->meet(w, mask);
 }
 
 inline int bit_count(uint32_t v) {

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "global_order.h"
 #include "ir.h"
 
 namespace llmkern {
@@ -28,7 +29,13 @@ struct StoreRecord {
   int32_t index;            // instruction
 };
 
-struct Release {
+// The two earliest CTAs that read an element before they stored it.
+struct ReadRecord {
+  uint32_t first, second;  // position + 1
+  int32_t first_index, second_index;
+};
+
+struct Freed {
   void operator()(void* p) const { std::free(p); }
 };
 
@@ -37,8 +44,11 @@ struct Allocation {
   uint32_t granule = 1;  // bytes of a shadow element, a power of two
   std::vector<Tensor> tensors;
   mutable std::atomic_flag lock = ATOMIC_FLAG_INIT;
-  uint8_t* written = nullptr;                              // of its only tensor
-  mutable std::unique_ptr<StoreRecord[], Release> stores;  // made, zeroed, at the first store
+  uint8_t* written = nullptr;  // of its only tensor
+  // Made, zeroed, at the first access.
+  mutable std::unique_ptr<StoreRecord[], Freed> stores;
+  mutable std::unique_ptr<ReadRecord[], Freed> reads;
+  mutable std::unique_ptr<OrderRecord[], Freed> order;
 };
 
 class Registry {

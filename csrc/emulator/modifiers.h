@@ -10,6 +10,7 @@ namespace emulator {
 struct MemoryModifiers {
   Space space = Space::kGeneric;
   bool has_space = false, cache_hint = false;
+  uint8_t order = 0;  // Instr::order
 };
 
 // Takes them up to the first modifier of another kind.

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "access.h"
+#include "global_shadow.h"
 #include "lanes.h"
 #include "modifiers.h"
 
@@ -11,13 +12,21 @@ namespace llmkern {
 namespace emulator {
 namespace {
 
+constexpr uint32_t kMostBytes = 16;
+
 void land(Warp& w, const AsyncCopy& copy, uint32_t lanes, int index) {
   for_lanes(lanes, [&](int l) {
     char* to = w.shared + copy.to[l];
-    std::memcpy(to, reinterpret_cast<const char*>(copy.from[l]), copy.size[l]);
-    std::memset(to + copy.size[l], 0, copy.bytes - copy.size[l]);
+    const char* from = reinterpret_cast<const char*>(copy.from[l]);
+    if (copy.size[l] == kMostBytes) {
+      std::memcpy(to, from, kMostBytes);
+    } else {
+      std::memcpy(to, from, copy.size[l]);
+      std::memset(to + copy.size[l], 0, copy.bytes - copy.size[l]);
+    }
     if (w.options->races || w.options->uninitialised)
       w.worker->shadow.land_copy(w, index, copy.to[l], copy.bytes);
+    if (w.options->warp_races) w.worker->lanes->land_copy(w, index, l, copy.to[l], copy.bytes);
   });
 }
 
@@ -58,10 +67,13 @@ void issue(Warp& w, const Instr& in, uint32_t mask) {
       }
     });
     count_global(w, in, reading, from, in.bytes);
+    if (w.options->global_races && w.launch->follow[static_cast<size_t>(in.index)] != 0)
+      record_global_reads(w, in, reading, from, in.bytes);
   }
   if (w.options->races || w.options->uninitialised) {
     for_lanes(mask, [&](int l) { w.worker->shadow.launch_copy(w, in, l, copy.to[l], in.bytes); });
   }
+  if (w.options->warp_races) w.worker->lanes->write(w, in, mask, to, in.bytes, nullptr, 0);
   // Lanes that have committed different numbers of groups are kept apart.
   for (uint32_t left = mask; left != 0;) {
     const uint32_t group = w.committed[__builtin_ctz(left)];
@@ -81,14 +93,14 @@ void commit(Warp& w, const Instr&, uint32_t mask) {
 void wait(Warp& w, const Instr& in, uint32_t mask) {
   size_t kept = 0;
   for (AsyncCopy& copy : w.copies) {
-    uint32_t done = 0;
-    for_lanes(copy.mask & mask, [&](int l) {
-      const int64_t open = int64_t{w.committed[l]} - in.imm;
-      done |= uint32_t{in.mode != 0 || int64_t{copy.group} < open} << l;
-    });
+    const int64_t last = copy.group + in.imm;  // the newest that may stay under way with it
+    const uint32_t old = lane_mask([&](int l) { return last < int64_t{w.committed[l]}; });
+    const uint32_t done = copy.mask & mask & (in.mode != 0 ? kAllLanes : old);
     land(w, copy, done, in.index);
     copy.mask &= ~done;
-    if (copy.mask != 0) w.copies[kept++] = copy;
+    if (copy.mask == 0) continue;
+    AsyncCopy& to = w.copies[kept++];
+    if (&to != &copy) to = copy;
   }
   w.copies.resize(kept);
 }

@@ -182,7 +182,9 @@ void decode(Decoder& d, bool returns) {
   d.out.width = static_cast<uint8_t>(sources - 1);
   d.out.bytes = static_cast<uint8_t>(bytes_of(t));
   d.out.klass = Class::kAtomic;
+  d.out.order = kStrong | m.order;
   d.out.run = run;
+  d.builder->kernel->compares |= op == kCas && m.space != Space::kShared;
   if (m.space != Space::kShared) d.builder->kernel->has_global_atomics = true;
 }
 

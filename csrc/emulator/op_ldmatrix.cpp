@@ -18,6 +18,23 @@ uint32_t row_lanes(const Instr& in) {
   return in.width == 4 ? kAllLanes : (1u << (8 * in.width)) - 1;
 }
 
+using Row = uint16_t __attribute__((vector_size(kRowBytes)));
+
+// Rows of the transpose, one after the other: rows i and i + 4 interleaved, three times.
+void transpose(const Matrix& matrix, uint32_t* to) {
+  const Row low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+  Row rows[8], next[8];
+  std::memcpy(rows, matrix, sizeof rows);
+  for (int step = 0; step < 3; ++step) {
+    for (int i = 0; i < 4; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + 4], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 4], high);
+    }
+    std::memcpy(rows, next, sizeof rows);
+  }
+  std::memcpy(to, rows, sizeof rows);
+}
+
 template <bool kTranspose>
 void ldmatrix(Warp& w, const Instr& in, uint32_t) {
   uint64_t address[kLanes];
@@ -25,15 +42,15 @@ void ldmatrix(Warp& w, const Instr& in, uint32_t) {
   effective_addresses(w, in, address);
   resolve_read(w, in, row_lanes(in), in.space, address, kRowBytes, from);
   for (int m = 0; m < in.width; ++m) {
-    Matrix matrix;
-    for (int row = 0; row < 8; ++row) std::memcpy(matrix[row], from[8 * m + row], kRowBytes);
+    // Element (i, j) of a matrix as it lies in memory goes to half j % 2 of lane 4i + j / 2: a row is
+    // four lanes of the register as they are.
     uint32_t* d = w.at<uint32_t>(in.r[m]);
-    for (int l = 0; l < kLanes; ++l) {
-      const int i = l / 4, j = 2 * (l % 4);
-      const uint32_t low = kTranspose ? matrix[j][i] : matrix[i][j];
-      const uint32_t high = kTranspose ? matrix[j + 1][i] : matrix[i][j + 1];
-      d[l] = low | high << 16;
+    Matrix matrix;
+    for (int row = 0; row < 8; ++row) {
+      void* to = kTranspose ? static_cast<void*>(matrix[row]) : d + 4 * row;
+      std::memcpy(to, from[8 * m + row], kRowBytes);
     }
+    if (kTranspose) transpose(matrix, d);
   }
 }
 

@@ -24,9 +24,13 @@ MemoryModifiers take_memory_modifiers(Decoder& d) {
                               Space::kParam,  Space::kConst,  Space::kParam};
       once(&m.has_space);
       m.space = spaces[space];
-    } else if (d.take_optional(
-                   {"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"}) >= 0) {
+      continue;
+    }
+    const int ordered =
+        d.take_optional({"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"});
+    if (ordered >= 0) {
       once(&order);
+      m.order = ordered == 0 ? 0 : ordered == 4 || ordered == 5 ? kStrong | kReleases : kStrong;
     } else if (d.take_optional({"cta", "cluster", "gpu", "sys"}) >= 0) {
       once(&scope);
     } else if (d.take("L2::cache_hint") || d.take("L1::cache_hint")) {
@@ -221,6 +225,13 @@ void take_shape(Decoder& d, Type* t, int* width) {
     d.fail("the vector is too large");
 }
 
+// Volatile, relaxed ... accesses to global memory order CTAs.
+void set_order(Decoder& d, const MemoryModifiers& m) {
+  d.out.order = m.order;
+  if (m.order != 0 && (m.space == Space::kGlobal || m.space == Space::kGeneric))
+    d.builder->kernel->has_global_atomics = true;
+}
+
 // .param names both the kernel's parameters and what calls pass; the latter are local memory.
 Space space_of(const Decoder& d, Space space, int address) {
   if (space != Space::kParam || d.count() <= address) return space;
@@ -242,6 +253,7 @@ void decode_ld(Decoder& d) {
   d.out.width = static_cast<uint8_t>(width);
   d.out.bytes = static_cast<uint8_t>(bytes_of(t));
   d.out.klass = class_of(m.space, true);
+  set_order(d, m);
   d.out.run = pick_load(m.space, t, size);
   // [name + offset] of a parameter that lies inside: no address arithmetic.
   const Operand& from = d.operand(1);
@@ -252,6 +264,7 @@ void decode_ld(Decoder& d) {
   if (from.offset < 0 || from.offset + size > v->bytes || at % size != 0)
     d.fail("the read is outside the parameter");
   d.out.imm = at;
+  d.out.mode = kWholeParameter;
   d.out.run = size == 4 ? &load_parameter<uint32_t> : &load_parameter<uint64_t>;
 }
 
@@ -271,6 +284,7 @@ void decode_st(Decoder& d) {
   d.out.width = static_cast<uint8_t>(width);
   d.out.bytes = static_cast<uint8_t>(bytes_of(t));
   d.out.klass = class_of(m.space, false);
+  set_order(d, m);
   d.out.run = pick_store(m.space, t, size);
 }
 

@@ -18,11 +18,10 @@ namespace {
 
 constexpr int kN = 8, kMaxM = 16, kMaxK = 32;
 
-template <class T>
-struct Tile {
-  alignas(64) T a[kMaxM][kMaxK];
-  alignas(64) T b[kMaxK][kN];
-  alignas(64) T c[kMaxM][kN];
+struct Tile {  // of integers
+  int32_t a[kMaxM][kMaxK];
+  int32_t b[kMaxK][kN];
+  int32_t c[kMaxM][kN];
 };
 
 struct Shape {
@@ -61,14 +60,14 @@ struct Float8 {
   }
 };
 
-template <class F, class T>
-void read_a(Warp& w, const uint32_t* r, Shape s, Tile<T>* tile) {
+template <class F>
+void read_a(Warp& w, const uint32_t* r, Shape s, Tile* tile) {
   const int tall = s.m / 8, registers = tall * s.k / (4 * F::kCount);
   for (int i = 0; i < registers; ++i) {
     const uint32_t* v = w.at<uint32_t>(r[i]);
     const int row = i % tall * 8, column = i / tall * 4 * F::kCount;
     for (int g = 0; g < 8; ++g) {
-      T* to = tile->a[row + g] + column;
+      int32_t* to = tile->a[row + g] + column;
       for (int t = 0; t < 4; ++t) {
         for (int e = 0; e < F::kCount; ++e) to[t * F::kCount + e] = F::at(v[4 * g + t], e);
       }
@@ -76,14 +75,14 @@ void read_a(Warp& w, const uint32_t* r, Shape s, Tile<T>* tile) {
   }
 }
 
-template <class F, class T>
-void read_b(Warp& w, const uint32_t* r, Shape s, Tile<T>* tile) {
+template <class F>
+void read_b(Warp& w, const uint32_t* r, Shape s, Tile* tile) {
   const int registers = s.k / (4 * F::kCount);
   for (int i = 0; i < registers; ++i) {
     const uint32_t* v = w.at<uint32_t>(r[i]);
     for (int t = 0; t < 4; ++t) {
       for (int e = 0; e < F::kCount; ++e) {
-        T* to = tile->b[(4 * i + t) * F::kCount + e];
+        int32_t* to = tile->b[(4 * i + t) * F::kCount + e];
         for (int g = 0; g < 8; ++g) to[g] = F::at(v[4 * g + t], e);
       }
     }
@@ -92,10 +91,10 @@ void read_b(Warp& w, const uint32_t* r, Shape s, Tile<T>* tile) {
 
 // Two registers of C interleave to rows: lanes 4g .. 4g + 3 hold the 8 columns of row g.
 template <class T>
-void read_c(Warp& w, const uint32_t* r, Shape s, Tile<T>* tile) {
+inline void read_c(Warp& w, const uint32_t* r, Shape s, T (*rows)[kN]) {
   for (int half = 0; half < s.m / 8; ++half) {
     const T *even = w.at<T>(r[2 * half]), *odd = w.at<T>(r[2 * half + 1]);
-    T* c = tile->c[8 * half];
+    T* c = rows[8 * half];
     for (int l = 0; l < kLanes; ++l) {
       c[2 * l] = even[l];
       c[2 * l + 1] = odd[l];
@@ -103,10 +102,10 @@ void read_c(Warp& w, const uint32_t* r, Shape s, Tile<T>* tile) {
   }
 }
 template <class T>
-void write_d(Warp& w, const uint32_t* r, Shape s, const Tile<T>& tile) {
+inline void write_d(Warp& w, const uint32_t* r, Shape s, const T (*rows)[kN]) {
   for (int half = 0; half < s.m / 8; ++half) {
     T *even = w.at<T>(r[2 * half]), *odd = w.at<T>(r[2 * half + 1]);
-    const T* c = tile.c[8 * half];
+    const T* c = rows[8 * half];
     for (int l = 0; l < kLanes; ++l) {
       even[l] = c[2 * l];
       odd[l] = c[2 * l + 1];
@@ -114,52 +113,93 @@ void write_d(Warp& w, const uint32_t* r, Shape s, const Tile<T>& tile) {
   }
 }
 // C and D of f16: a pair in a register.
-void read_c_half(Warp& w, const uint32_t* r, Shape s, Tile<float>* tile) {
-  for (int i = 0; i < s.m / 8; ++i) {
+void read_c_half(Warp& w, const uint32_t* r, float (*c)[kN]) {
+  for (int i = 0; i < 2; ++i) {
     const uint32_t* v = w.at<uint32_t>(r[i]);
     for (int l = 0; l < kLanes; ++l) {
-      for (int e = 0; e < 2; ++e) tile->c[i * 8 + l / 4][l % 4 * 2 + e] = Half::at(v[l], e);
+      for (int e = 0; e < 2; ++e) c[i * 8 + l / 4][l % 4 * 2 + e] = Half::at(v[l], e);
     }
   }
 }
-void write_d_half(Warp& w, const uint32_t* r, Shape s, const Tile<float>& tile) {
-  for (int i = 0; i < s.m / 8; ++i) {
+void write_d_half(Warp& w, const uint32_t* r, const float (*c)[kN]) {
+  for (int i = 0; i < 2; ++i) {
     uint32_t* v = w.at<uint32_t>(r[i]);
     for (int l = 0; l < kLanes; ++l) {
-      const float* c = &tile.c[i * 8 + l / 4][l % 4 * 2];
-      v[l] = float_to_half(c[0]) | uint32_t{float_to_half(c[1])} << 16;
+      const float* pair = &c[i * 8 + l / 4][l % 4 * 2];
+      v[l] = float_to_half(pair[0]) | uint32_t{float_to_half(pair[1])} << 16;
     }
   }
 }
+
+using Row = float __attribute__((vector_size(kN * sizeof(float))));
+using Words = uint32_t __attribute__((vector_size(8 * sizeof(uint32_t))));
+
+// Lane 4g + t to word g of row t.
+inline __attribute__((always_inline)) void transpose(const uint32_t* v, Words* rows) {
+  Words r[4];  // lanes of g = 2i, then of g = 2i + 1
+  std::memcpy(r, v, sizeof r);
+  const Words low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
+  const Words first = {0, 1, 8, 9, 4, 5, 12, 13}, second = {2, 3, 10, 11, 6, 7, 14, 15};
+  const Words a = __builtin_shuffle(r[0], r[1], low), b = __builtin_shuffle(r[2], r[3], low);
+  const Words c = __builtin_shuffle(r[0], r[1], high), d = __builtin_shuffle(r[2], r[3], high);
+  const Words in_order = {0, 4, 1, 5, 2, 6, 3, 7};
+  rows[0] = __builtin_shuffle(__builtin_shuffle(a, b, first), in_order);
+  rows[1] = __builtin_shuffle(__builtin_shuffle(a, b, second), in_order);
+  rows[2] = __builtin_shuffle(__builtin_shuffle(c, d, first), in_order);
+  rows[3] = __builtin_shuffle(__builtin_shuffle(c, d, second), in_order);
+}
+
+// Operands of a 16-row product. A stays in lanes: (row g, column t) of register r, element e, is
+// a[r][e][4g + t].
+struct Product {
+  alignas(64) float a[4][4][kLanes];
+  alignas(64) float b[kMaxK][kN];
+  alignas(64) float c[kMaxM][kN];
+};
 
 // Eight rows at a time: their sums stay in registers. Same operations in the same order on every
 // host, no contraction to fma.
-using Row = float __attribute__((vector_size(kN * sizeof(float))));
-
-inline __attribute__((always_inline)) void multiply_body(Tile<float>* t, Shape s) {
-  for (int top = 0; top < s.m; top += 8) {
-    Row sum[8];
-    std::memcpy(sum, t->c[top], sizeof sum);
-    for (int k = 0; k < s.k; ++k) {
-      Row b;
-      std::memcpy(&b, t->b[k], sizeof b);
-      for (int i = 0; i < 8; ++i) sum[i] += t->a[top + i][k] * b;
+template <class F>
+inline __attribute__((always_inline)) void multiply(Warp& w, const uint32_t* a, const uint32_t* b,
+                                                    Product* p, int columns) {
+  for (int i = 0; i < 2 * columns; ++i) {
+    const uint32_t* v = w.at<uint32_t>(a[i]);
+    for (int e = 0; e < F::kCount; ++e) {
+      for (int l = 0; l < kLanes; ++l) p->a[i][e][l] = F::at(v[l], e);
     }
-    std::memcpy(t->c[top], sum, sizeof sum);
   }
-}
-#if defined(__x86_64__)
-__attribute__((target("avx2"))) void multiply_wide(Tile<float>* t, Shape s) { multiply_body(t, s); }
-#endif
-void multiply_plain(Tile<float>* t, Shape s) { multiply_body(t, s); }
-
-void multiply(Tile<float>* t, Shape s) {
-#if defined(__x86_64__)
-  static const auto run = __builtin_cpu_supports("avx2") ? &multiply_wide : &multiply_plain;
-#else
-  static const auto run = &multiply_plain;
-#endif
-  run(t, s);
+  for (int i = 0; i < columns; ++i) {
+    Words rows[4];
+    transpose(w.at<uint32_t>(b[i]), rows);
+    for (int t = 0; t < 4; ++t) {
+      const uint32_t* v = reinterpret_cast<const uint32_t*>(&rows[t]);
+#pragma GCC unroll 4
+      for (int e = 0; e < F::kCount; ++e) {
+        for (int g = 0; g < kN; ++g) p->b[(4 * i + t) * F::kCount + e][g] = F::at(v[g], e);
+      }
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    Row* c = reinterpret_cast<Row*>(p->c[8 * half]);
+    Row s0 = c[0], s1 = c[1], s2 = c[2], s3 = c[3], s4 = c[4], s5 = c[5], s6 = c[6], s7 = c[7];
+    const Row* row = reinterpret_cast<const Row*>(p->b);
+    for (int i = 0; i < columns; ++i) {
+      for (int t = 0; t < 4; ++t) {
+        for (int e = 0; e < F::kCount; ++e, ++row) {
+          const float* v = p->a[2 * i + half][e] + t;
+          s0 += v[0] * *row;
+          s1 += v[4] * *row;
+          s2 += v[8] * *row;
+          s3 += v[12] * *row;
+          s4 += v[16] * *row;
+          s5 += v[20] * *row;
+          s6 += v[24] * *row;
+          s7 += v[28] * *row;
+        }
+      }
+    }
+    c[0] = s0, c[1] = s1, c[2] = s2, c[3] = s3, c[4] = s4, c[5] = s5, c[6] = s6, c[7] = s7;
+  }
 }
 
 // r: D, A, B, C; imm: registers of D (and C) and of A.
@@ -172,25 +212,40 @@ Registers registers_of(const Instr& in) {
 }
 
 template <class F, bool kHalfC>
-void mma_float(Warp& w, const Instr& in, uint32_t) {
+inline __attribute__((always_inline)) void mma_body(Warp& w, const Instr& in) {
   const Shape s = shape_of(in);
   const Registers r = registers_of(in);
-  Tile<float> tile;
-  read_a<F>(w, r.a, s, &tile);
-  read_b<F>(w, r.b, s, &tile);
-  kHalfC ? read_c_half(w, r.c, s, &tile) : read_c(w, r.c, s, &tile);
-  multiply(&tile, s);
-  kHalfC ? write_d_half(w, r.d, s, tile) : write_d(w, r.d, s, tile);
+  Product p;
+  kHalfC ? read_c_half(w, r.c, p.c) : read_c(w, r.c, s, p.c);
+  multiply<F>(w, r.a, r.b, &p, s.k / (4 * F::kCount));
+  kHalfC ? write_d_half(w, r.d, p.c) : write_d(w, r.d, s, p.c);
+}
+template <class F, bool kHalfC>
+void mma_plain(Warp& w, const Instr& in, uint32_t) {
+  mma_body<F, kHalfC>(w, in);
+}
+#if defined(__x86_64__)
+template <class F, bool kHalfC>
+__attribute__((target("avx2"))) void mma_wide(Warp& w, const Instr& in, uint32_t) {
+  mma_body<F, kHalfC>(w, in);
+}
+#endif
+template <class F, bool kHalfC = false>
+Handler mma_float() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) return &mma_wide<F, kHalfC>;
+#endif
+  return &mma_plain<F, kHalfC>;
 }
 
 template <class A, class B>
 void mma_integer(Warp& w, const Instr& in, uint32_t) {
   const Shape s = shape_of(in);
   const Registers r = registers_of(in);
-  Tile<int32_t> tile;
+  Tile tile;
   read_a<A>(w, r.a, s, &tile);
   read_b<B>(w, r.b, s, &tile);
-  read_c(w, r.c, s, &tile);
+  read_c(w, r.c, s, tile.c);
   for (int i = 0; i < s.m; ++i) {
     for (int j = 0; j < kN; ++j) {
       int64_t sum = tile.c[i][j];
@@ -199,7 +254,7 @@ void mma_integer(Warp& w, const Instr& in, uint32_t) {
       tile.c[i][j] = static_cast<int32_t>(sum);
     }
   }
-  write_d(w, r.d, s, tile);
+  write_d(w, r.d, s, tile.c);
 }
 
 // m8n8k4 with one double a lane of A and B, two of C.
@@ -229,16 +284,16 @@ const std::vector<Form>& forms() {
   using S8 = Signed8;
   using U8 = Unsigned8;
   static const std::vector<Form> all = {
-      {"bf16", "bf16", "f32", 2, {{16, 16}, {16, 8}}, &mma_float<Bfloat, false>},
-      {"f16", "f16", "f32", 2, {{16, 16}, {16, 8}}, &mma_float<Half, false>},
-      {"f16", "f16", "f16", 2, {{16, 16}, {16, 8}}, &mma_float<Half, true>},
-      {"tf32", "tf32", "f32", 1, {{16, 8}, {16, 4}}, &mma_float<Tf32, false>},
+      {"bf16", "bf16", "f32", 2, {{16, 16}, {16, 8}}, mma_float<Bfloat>()},
+      {"f16", "f16", "f32", 2, {{16, 16}, {16, 8}}, mma_float<Half>()},
+      {"f16", "f16", "f16", 2, {{16, 16}, {16, 8}}, mma_float<Half, true>()},
+      {"tf32", "tf32", "f32", 1, {{16, 8}, {16, 4}}, mma_float<Tf32>()},
       {"s8", "s8", "s32", 4, {{16, 32}, {16, 16}, {8, 16}}, &mma_integer<S8, S8>},
       {"s8", "u8", "s32", 4, {{16, 32}, {16, 16}, {8, 16}}, &mma_integer<S8, U8>},
       {"u8", "s8", "s32", 4, {{16, 32}, {16, 16}, {8, 16}}, &mma_integer<U8, S8>},
       {"u8", "u8", "s32", 4, {{16, 32}, {16, 16}, {8, 16}}, &mma_integer<U8, U8>},
-      {"e4m3", "e4m3", "f32", 4, {{16, 32}}, &mma_float<Float8<4>, false>},
-      {"e5m2", "e5m2", "f32", 4, {{16, 32}}, &mma_float<Float8<5>, false>},
+      {"e4m3", "e4m3", "f32", 4, {{16, 32}}, mma_float<Float8<4>>()},
+      {"e5m2", "e5m2", "f32", 4, {{16, 32}}, mma_float<Float8<5>>()},
   };
   return all;
 }

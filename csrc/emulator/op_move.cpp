@@ -181,20 +181,25 @@ void decode_isspacep(Decoder& d) {
 
 void nothing(Warp&, const Instr&, uint32_t) {}
 
-// The memory model is sequentially consistent, so fences order nothing more.
+// The memory model is sequentially consistent, so fences move no data; the check of races between
+// CTAs wants one before a relaxed access that hands on what was stored.
+void fence(Warp& w, const Instr&, uint32_t) {
+  if (w.launch->order != nullptr) w.launch->order->fence(w);
+}
+
 void decode_membar(Decoder& d) {
-  d.take_one_of({"cta", "gl", "sys"});
+  const int scope = d.take_one_of({"cta", "gl", "sys"});
   d.expect(0);
   d.out.klass = Class::kFence;
-  d.out.run = &nothing;
+  d.out.run = scope == 0 ? &nothing : &fence;
 }
 
 void decode_fence(Decoder& d) {
   d.take_optional({"sc", "acq_rel"});
-  d.take_one_of({"cta", "cluster", "gpu", "sys"});
+  const int scope = d.take_one_of({"cta", "cluster", "gpu", "sys"});
   d.expect(0);
   d.out.klass = Class::kFence;
-  d.out.run = &nothing;
+  d.out.run = scope < 2 ? &nothing : &fence;
 }
 
 void decode_nanosleep(Decoder& d) {

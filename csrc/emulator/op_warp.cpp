@@ -57,7 +57,7 @@ void shfl(Warp& w, const Instr& in, uint32_t mask) {
   }
   for_lanes(mask, [&](int l) {
     const Source from = source_of(in.mode, l, b[l], c[l]);
-    if ((mask >> from.lane & 1) == 0 && (w.alive >> from.lane & 1) != 0) {
+    if ((mask >> from.lane & 1) == 0 && (w.alive >> from.lane & 1) != 0 && w.options->collectives) {
       throw Fault{
           "divergent collective",
           "shfl reads lane " + std::to_string(from.lane) + ", which is not in the member mask", l,

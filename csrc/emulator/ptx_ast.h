@@ -107,6 +107,8 @@ struct Scope {
   std::map<std::string, Variable> variables;
   std::map<std::string, int> labels;  // -> index of the next statement
   std::map<std::string, std::vector<std::string>> branch_targets;
+  // Of a function opened at a call: its parameters, as (scope, name) of what was passed.
+  std::map<std::string, std::pair<int, std::string>> aliases;
 };
 
 struct Function {

@@ -28,6 +28,11 @@ class Parser {
 
   Module run() {
     while (peek().kind != Token::kEnd) top_level();
+    for (const auto& late : unnamed_) {  // nvcc names its files at the end
+      const auto file = module_.files.find(late.second.first);
+      if (file != module_.files.end())
+        module_.inlined_at[late.first] = file->second + ":" + std::to_string(late.second.second);
+    }
     return std::move(module_);
   }
 
@@ -138,9 +143,10 @@ class Parser {
         const int at = small_integer();
         integer();
         const auto name = module_.files.find(file);
-        const std::string path =
-            name == module_.files.end() ? "file " + std::to_string(file) : name->second;
+        const bool named = name != module_.files.end();
+        const std::string path = named ? name->second : "file " + std::to_string(file);
         note_inlined(path + ":" + std::to_string(at));
+        if (!named) unnamed_[module_.inlined_at.size() - 1] = {file, at};
       } else {
         fail("unknown part '" + key + "' of .loc");
       }
@@ -455,6 +461,7 @@ class Parser {
 
   std::vector<Token> tokens_;
   std::map<int, std::string> chains_;
+  std::map<size_t, std::pair<int, int>> unnamed_;  // of Module::inlined_at: (file, line)
   size_t pos_ = 0;
   Module module_;
   Function* function_ = nullptr;

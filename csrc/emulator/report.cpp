@@ -60,10 +60,8 @@ Report describe_global_race(const Launch& launch, uint64_t linear_cta) {
   r.cta[1] = static_cast<uint32_t>(linear_cta / launch.grid[0] % launch.grid[1]);
   r.cta[2] = static_cast<uint32_t>(linear_cta / launch.grid[0] / launch.grid[1]);
   r.position = race.later;
-  const Allocation* a = launch.registry.find(race.address, 1);
-  const StoreRecord& first = a->stores[(race.address - a->begin) / a->granule];
-  set_place(launch, first.index, &r.other_line, &r.other_source, &r.other_text);
-  r.message = "two CTAs store different values to " + launch.registry.describe(race.address) +
+  set_place(launch, race.other, &r.other_line, &r.other_source, &r.other_text);
+  r.message = std::string(race.what) + " " + launch.registry.describe(race.address) +
               ", and nothing orders them";
   return r;
 }

@@ -31,6 +31,7 @@ std::string statement_text(const Program& program, const Place& place);
 struct Result {
   Report report;
   std::vector<Count> counts;  // by instruction
+  std::string printed;        // by CTAs in their order, up to the one that failed
 };
 
 // Runs a launch on options.threads host threads.

@@ -1,5 +1,6 @@
 #include "shared_shadow.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "machine.h"
@@ -24,17 +25,88 @@ inline void for_words(uint32_t address, int bytes, const F& f) {
   }
 }
 
+constexpr int kGranule = 16, kWords = 4;
+constexpr uint8_t kAll = 0xf;
+
+// Calls whole(lane, address) for each granule that lanes touch all of, several lanes of a row
+// together, and rest(lane) for the other lanes.
+template <class Whole, class Rest>
+inline void for_granules(uint32_t mask, const uint64_t* address, int bytes, const Whole& whole,
+                         const Rest& rest) {
+  if (bytes >= kGranule) {
+    return for_lanes(mask, [&](int l) {
+      for (int i = 0; i < bytes; i += kGranule)
+        whole(l, static_cast<uint32_t>(address[l]) + static_cast<uint32_t>(i));
+    });
+  }
+  if (mask != kAllLanes) return for_lanes(mask, rest);
+  const int lanes = kGranule / bytes;
+  for (int first = 0; first < kLanes; first += lanes) {
+    uint64_t apart = address[first] & (kGranule - 1);
+    for (int l = first + 1; l < first + lanes; ++l)
+      apart |= address[l] ^ (address[first] + static_cast<uint64_t>((l - first) * bytes));
+    if (apart == 0) {
+      whole(first, static_cast<uint32_t>(address[first]));
+    } else {
+      for (int l = first; l < first + lanes; ++l) rest(l);
+    }
+  }
+}
+
 }  // namespace
 
 void SharedShadow::begin_cta(int64_t bytes) {
-  const size_t words = static_cast<size_t>((bytes + 3) / 4);
+  const auto granules = static_cast<size_t>((bytes + kGranule - 1) / kGranule);
   const bool wrapped = epoch_ > 0xf0000000u;
   if (wrapped) {
+    granules_.assign(granules_.size(), ShadowGranule());
     words_.assign(words_.size(), ShadowWord());
     epoch_ = 1;
   }
-  if (words_.size() < words) words_.resize(words);
+  if (granules_.size() < granules) {
+    granules_.resize(granules);
+    words_.resize(granules * kWords);
+  }
   base_ = ++epoch_;
+}
+
+ShadowWord* SharedShadow::whole(uint32_t address) {
+  ShadowGranule& g = granules_[address / kGranule];
+  if (!g.split) return &g.whole;
+  const ShadowWord* first = &words_[address / kGranule * kWords];
+  for (int i = 1; i < kWords; ++i) {
+    if (std::memcmp(first, first + i, sizeof *first) != 0) return nullptr;
+  }
+  g.whole = *first;
+  g.split = false;
+  return &g.whole;
+}
+
+// Reads that everyone who can write has seen the end of need not be kept: words may differ in them.
+ShadowWord* SharedShadow::whole_for_write(const Warp& w, uint32_t address) {
+  ShadowGranule& g = granules_[address / kGranule];
+  if (!g.split) return plain_write(w, g.whole) ? &g.whole : nullptr;
+  const ShadowWord* words = &words_[address / kGranule * kWords];
+  for (int i = 0; i < kWords; ++i) {
+    if (!plain_write(w, words[i]) || words[i].read_epoch > w.all_seen) return nullptr;
+  }
+  g.whole = ShadowWord();
+  g.split = false;
+  return &g.whole;
+}
+
+ShadowWord& SharedShadow::word(uint32_t address) {
+  ShadowGranule& g = granules_[address / kGranule];
+  if (!g.split) {
+    std::fill_n(&words_[address / kGranule * kWords], kWords, g.whole);
+    g.split = true;
+  }
+  return words_[address / 4];
+}
+
+const ShadowWord& SharedShadow::look(uint32_t address) const {
+  const ShadowGranule& g = granules_[address / kGranule];
+  return g.split ? words_[address / 4] : g.whole;
 }
 
 void SharedShadow::fail_race(Warp& w, const Instr& in, int lane, uint32_t address, const char* what,
@@ -51,7 +123,7 @@ void SharedShadow::fail_race(Warp& w, const Instr& in, int lane, uint32_t addres
 }
 
 void SharedShadow::check_read(Warp& w, const Instr& in, int lane, uint32_t address, uint8_t bytes) {
-  ShadowWord& word = words_[address >> 2];
+  ShadowWord& word = this->word(address);
   const bool fresh = word.write_epoch >= base_;
   if (fresh && (word.in_flight & bytes) != 0) {
     throw Fault{"async copy in flight",
@@ -117,7 +189,7 @@ void SharedShadow::record_write(Warp& w, int index, ShadowWord* word, uint8_t by
 
 void SharedShadow::check_write(Warp& w, const Instr& in, int lane, uint32_t address, uint8_t bytes,
                                const char* now) {
-  ShadowWord& word = words_[address >> 2];
+  ShadowWord& word = this->word(address);
   if (word.write_epoch >= base_ && (word.in_flight & bytes) != 0) {
     throw Fault{"async copy in flight",
                 "write to shared memory at " + hex(address) + " before cp.async.wait of its group",
@@ -145,57 +217,106 @@ void SharedShadow::check_write(Warp& w, const Instr& in, int lane, uint32_t addr
   record_write(w, in.index, &word, bytes);
 }
 
-// The loops over a warp's words take the plain cases at once: what is read is set and ordered, what
-// is written nobody has touched since the last barrier. The rest goes to check_read, check_write.
+// The loops over a warp's accesses take the plain cases at once: what is read is set and ordered,
+// what is written nobody else has touched since the last barrier. The rest goes to check_read,
+// check_write.
+bool SharedShadow::plain_read(const Warp& w, const ShadowWord& word, uint8_t bytes) const {
+  return word.write_epoch >= base_ && (word.set & bytes) == bytes &&
+         (word.in_flight & bytes) == 0 && word.write_epoch <= w.seen[word.write_at & 31] &&
+         word.read_epoch <= w.epoch;
+}
+
+bool SharedShadow::plain_write(const Warp& w, const ShadowWord& word) const {
+  return word.in_flight == 0 && word.write_epoch <= w.seen[word.write_at & 31] &&
+         (word.read_epoch <= w.all_seen || (word.readers & ~(1u << w.id)) == 0);
+}
+
+namespace {
+
+inline void record_read(const Warp& w, uint32_t at, ShadowWord* word, uint8_t bytes) {
+  const uint32_t me = 1u << w.id;
+  if (word->read_epoch < w.epoch) {
+    word->read_epoch = w.epoch;
+    word->readers = 0;
+    word->read_bytes = 0;
+  }
+  if ((word->readers & me) == 0) word->read_at = at;
+  word->readers |= me;
+  word->read_bytes |= bytes;
+}
+
+inline void record_full_write(const Warp& w, uint32_t at, ShadowWord* word) {
+  word->write_epoch = w.epoch;
+  word->write_at = at;
+  word->write_bytes = word->set = kAll;
+}
+
+inline uint32_t place(const Warp& w, int index) {
+  return static_cast<uint32_t>(index) << 5 | static_cast<uint32_t>(w.id);
+}
+
+}  // namespace
+
+void SharedShadow::read_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes) {
+  for_words(address, bytes, [&](uint32_t a, uint8_t m) {
+    ShadowWord& word = this->word(a);
+    plain_read(w, word, m) ? record_read(w, place(w, in.index), &word, m)
+                           : check_read(w, in, lane, a, m);
+  });
+}
+
+// `data` begins at the lane's first byte, which may lie inside the word.
+void SharedShadow::write_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes,
+                               const char* data) {
+  for_words(address, bytes, [&](uint32_t a, uint8_t m) {
+    ShadowWord& word = this->word(a);
+    m == kAll && plain_write(w, word)
+        ? record_full_write(w, place(w, in.index), &word)
+        : check_write(w, in, lane, a, m,
+                      data == nullptr ? nullptr : data + (static_cast<int64_t>(a) - address));
+  });
+}
+
 void SharedShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
                         int bytes) {
-  const uint32_t me = 1u << w.id, epoch = w.epoch, base = base_;
-  const uint32_t at = static_cast<uint32_t>(in.index) << 5 | static_cast<uint32_t>(w.id);
-  ShadowWord* words = words_.data();
-  for_lanes(mask, [&](int l) {
-    for_words(static_cast<uint32_t>(address[l]), bytes, [&](uint32_t a, uint8_t m) {
-      ShadowWord& word = words[a >> 2];
-      const bool plain = word.write_epoch >= base && (word.set & m) == m &&
-                         (word.in_flight & m) == 0 &&
-                         word.write_epoch <= w.seen[word.write_at & 31];
-      if (!plain || word.read_epoch > epoch) return check_read(w, in, l, a, m);
-      if (word.read_epoch < epoch) {
-        word.read_epoch = epoch;
-        word.readers = 0;
-        word.read_bytes = 0;
-      }
-      if ((word.readers & me) == 0) word.read_at = at;
-      word.readers |= me;
-      word.read_bytes |= m;
-    });
-  });
+  const uint32_t at = place(w, in.index);
+  const int step = std::min(bytes, kGranule);
+  const auto rest = [&](int l) {
+    read_words(w, in, l, static_cast<uint32_t>(address[l]), bytes);
+  };
+  const auto whole = [&](int l, uint32_t a) {
+    ShadowWord* const word = this->whole(a);
+    if (word != nullptr && plain_read(w, *word, kAll)) return record_read(w, at, word, kAll);
+    for (int i = 0; i < kGranule; i += step)
+      read_words(w, in, l + i / step, a + static_cast<uint32_t>(i), step);
+  };
+  for_granules(mask, address, bytes, whole, rest);
 }
 
 void SharedShadow::write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
                          int bytes, const char* data, int stride) {
-  const uint32_t at = static_cast<uint32_t>(in.index) << 5 | static_cast<uint32_t>(w.id);
-  ShadowWord* words = words_.data();
-  for_lanes(mask, [&](int l) {
-    const auto begin = static_cast<uint32_t>(address[l]);
-    for_words(begin, bytes, [&](uint32_t a, uint8_t m) {
-      ShadowWord& word = words[a >> 2];
-      const bool plain = m == 0xf && word.in_flight == 0 && word.write_epoch >= base_ &&
-                         word.write_epoch <= w.all_seen && word.read_epoch <= w.all_seen;
-      // `data` begins at the lane's first byte, which may lie inside the word.
-      if (!plain)
-        return check_write(w, in, l, a, m, data + l * stride + (static_cast<int64_t>(a) - begin));
-      word.write_epoch = w.epoch;
-      word.write_at = at;
-      word.write_bytes = word.set = m;
-    });
-  });
+  const uint32_t at = place(w, in.index);
+  const int step = std::min(bytes, kGranule);
+  const auto rest = [&](int l) {
+    write_words(w, in, l, static_cast<uint32_t>(address[l]), bytes, data + l * stride);
+  };
+  const auto whole = [&](int first, uint32_t a) {
+    ShadowWord* const word = whole_for_write(w, a);
+    if (word != nullptr) return record_full_write(w, at, word);
+    for (int i = 0; i < kGranule; i += step) {
+      const int l = first + i / step;
+      const uint32_t to = a + static_cast<uint32_t>(i);
+      write_words(w, in, l, to, step, data + l * stride + (to - static_cast<uint32_t>(address[l])));
+    }
+  };
+  for_granules(mask, address, bytes, whole, rest);
 }
 
 // Atomics of different warps are in order with each other, not with plain accesses. A word that
 // only atomics touch keeps no write record of them.
 void SharedShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, int bytes) {
   for_words(address, bytes, [&](uint32_t a, uint8_t m) {
-    ShadowWord& word = words_[a >> 2];
+    const ShadowWord& word = look(a);
     if ((word.write_epoch < base_ || (word.set & m) != m) && w.options->uninitialised) {
       throw Fault{"uninitialised shared memory",
                   "atomic on shared memory at " + hex(a) + " that nothing has written", lane, -1};
@@ -209,15 +330,26 @@ void SharedShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, 
 }
 
 void SharedShadow::launch_copy(Warp& w, const Instr& in, int lane, uint32_t address, int bytes) {
+  ShadowWord* const whole = bytes == kGranule ? whole_for_write(w, address) : nullptr;
+  if (whole != nullptr) {
+    record_full_write(w, place(w, in.index), whole);
+    whole->in_flight = w.options->async_copies ? kAll : 0;
+    return;
+  }
   for_words(address, bytes, [&](uint32_t a, uint8_t m) {
     check_write(w, in, lane, a, m, nullptr);
-    words_[a >> 2].in_flight |= m;
+    if (w.options->async_copies) word(a).in_flight |= m;
   });
 }
 
 void SharedShadow::land_copy(Warp& w, int index, uint32_t address, int bytes) {
+  ShadowWord* const whole = bytes == kGranule ? this->whole(address) : nullptr;
+  if (whole != nullptr) {
+    whole->in_flight = 0;
+    return record_write(w, index, whole, kAll);
+  }
   for_words(address, bytes, [&](uint32_t a, uint8_t m) {
-    ShadowWord& word = words_[a >> 2];
+    ShadowWord& word = this->word(a);
     word.in_flight = static_cast<uint8_t>(word.in_flight & ~m);
     record_write(w, index, &word, m);
   });

@@ -1,7 +1,7 @@
 // What is known of each 4-byte word of shared memory: who wrote and read it last and when, which
 // bytes are set, which wait for a cp.async. Order between warps is by epochs: an access is ordered
 // before a warp's next one if that warp has `seen` the epoch of the accessing warp (barriers join
-// what warps have seen). Lanes of one warp are not checked against each other.
+// what warps have seen). Lanes of one warp: lane_shadow.h.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,12 @@ struct ShadowWord {
   uint8_t write_bytes = 0;
   uint8_t read_bytes = 0;
   uint8_t in_flight = 0;
+};
+
+// 16 bytes. While all accesses are of the whole of it, one record stands for its four words.
+struct ShadowGranule {
+  ShadowWord whole;
+  bool split = false;  // into words
 };
 
 class SharedShadow {
@@ -51,7 +57,19 @@ class SharedShadow {
   [[noreturn]] void fail_race(Warp& w, const Instr& in, int lane, uint32_t address,
                               const char* what, uint32_t other);
 
-  std::vector<ShadowWord> words_;
+  // The record of all 16 bytes, if there is one: put together from equal words where it can be.
+  ShadowWord* whole(uint32_t address);
+  ShadowWord* whole_for_write(const Warp& w, uint32_t address);
+  ShadowWord& word(uint32_t address);  // splits
+  const ShadowWord& look(uint32_t address) const;
+  bool plain_read(const Warp& w, const ShadowWord& word, uint8_t bytes) const;
+  bool plain_write(const Warp& w, const ShadowWord& word) const;
+  void read_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
+  void write_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes,
+                   const char* data);
+
+  std::vector<ShadowGranule> granules_;
+  std::vector<ShadowWord> words_;  // of granules that are split
   uint32_t epoch_ = 1;
   uint32_t base_ = 1;  // first epoch of this CTA
 };

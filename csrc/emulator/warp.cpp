@@ -50,6 +50,7 @@ uint32_t needed_lanes(Warp& w, const Instr& in, uint32_t exec) {
   if ((in.all_members & exec) == exec && in.all_members != 0) return in.all_members & w.alive;
   const uint32_t* members = w.at<uint32_t>(in.r[in.member]);
   const uint32_t all = members[__builtin_ctz(exec)];
+  if (!w.options->collectives) return all & w.alive;
   for_lanes(exec, [&](int lane) {
     if (members[lane] != all) {
       throw Fault{"divergent collective", "lanes give different member masks", lane, -1};
@@ -145,17 +146,22 @@ bool control(Warp& w, const Instr& in, size_t i, uint32_t exec) {
   }
   const uint32_t needed =
       exec == kAllLanes && in.kind != Kind::kCollective ? exec : needed_lanes(w, in, exec);
-  if ((exec & needed) != needed) {
-    if (w.groups.size() == 1) fail_divergent(w, w.groups[i], exec, needed & ~exec);
-    w.groups[i].parked = true;
-    return false;
+  if ((exec & needed) != needed && !w.forced) {
+    if (w.groups.size() > 1) {
+      w.groups[i].parked = true;
+      return false;
+    }
+    if (w.options->collectives) fail_divergent(w, w.groups[i], exec, needed & ~exec);
   }
+  w.forced = false;
+  meet(w, exec);
   if (in.kind == Kind::kBarrier) {
     set_group(w, i, in.index + 1);
     arrive_at_barrier(w, in, exec);
     return true;
   }
   in.run(w, in, exec);
+  meet(w, exec);
   set_group(w, i, in.index + 1);
   return true;
 }
@@ -190,6 +196,10 @@ size_t pick(Warp& w) {
   if (best < w.groups.size()) return best;
   // Everyone waits for lanes that wait elsewhere.
   const Group& g = w.groups[0];
+  if (!w.options->collectives) {
+    w.forced = true;
+    return 0;
+  }
   w.mask = g.mask;
   w.pc = g.pc;
   const Instr& in = w.launch->kernel->code[static_cast<size_t>(g.pc)];

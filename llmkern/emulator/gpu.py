@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class Device:
         self._counts: dict[tuple[str, Program], tuple[int, torch.Tensor]] = {}
         self._memory: dict[int, tuple[str, torch.Tensor, torch.Tensor | None]] = {}
         self.instead: Callable[[Launch], None] | None = None  # what launches do and do not run
+        self.printed = ""  # by printf and tl.device_print, since the device was made
         self.failure: Exception | None = None  # of a launch by a library, which saw an error code
 
     def register(self, tensor: torch.Tensor, name: str = "registered") -> torch.Tensor:
@@ -116,9 +118,14 @@ class Device:
             shared_bytes=shared_bytes,
             memory=[*known, *memory],
             options=self.options,
+            output=self._print,
         )
         launches, before = self._counts.get((kernel, program), (0, 0))
         self._counts[kernel, program] = launches + 1, before + counts
+
+    def _print(self, text: str) -> None:
+        self.printed += text
+        sys.stdout.write(text)
 
     def counters(self, kernel: str | None = None) -> Counters:
         """What launches counted since the device was made or reset: of one kernel, or of all."""
@@ -166,7 +173,10 @@ def device(
     bounds: bool = True,
     uninitialised: bool = True,
     races: bool = True,
+    warp_races: bool = False,
     global_races: bool = True,
+    async_copies: bool = True,
+    collectives: bool = True,
     counters: bool = True,
     threads: int | None = None,
     seed: int = 0,
@@ -201,7 +211,10 @@ def device(
         bounds,
         uninitialised,
         races,
+        warp_races,
         global_races,
+        async_copies,
+        collectives,
         counters,
         threads or torch.get_num_threads(),
         seed,

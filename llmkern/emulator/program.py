@@ -1,7 +1,8 @@
 """PTX modules and their launches, below Triton: text in, errors and counts out."""
 
 import struct
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,10 @@ class Options(NamedTuple):
     bounds: bool = True
     uninitialised: bool = True
     races: bool = True
+    warp_races: bool = False
     global_races: bool = True
+    async_copies: bool = True
+    collectives: bool = True
     counters: bool = True
     threads: int = 1
     seed: int = 0
@@ -182,6 +186,7 @@ class Program:
         shared_bytes: int = 0,
         memory: Sequence[Row] = (),
         options: Options | None = None,
+        output: Callable[[str], object] | None = None,
     ) -> torch.Tensor:
         """Run a kernel to its end.
 
@@ -194,6 +199,7 @@ class Program:
             memory: further memory it may touch, as tensor_row() gives it; a tensor that is here and
                 an argument too is known by the name given here.
             options: checks and order; defaults to Options().
+            output: gets what the kernel's printf wrote, CTA by CTA; sys.stdout.write by default.
 
         Returns:
             int64 [instructions, 7]: runs, lanes, bytes, sectors, ideal sectors, wavefronts, ideal
@@ -221,11 +227,13 @@ class Program:
             return torch.zeros(described["instructions"], 7, dtype=torch.int64)
         choices = (options or Options())._asdict()
         try:
-            report, counts = self._program.launch(
+            report, counts, printed = self._program.launch(
                 kernel, grid_size, block_size, shared_bytes, bytes(packed), known, choices
             )
         except ValueError as error:
             raise ArgumentError(f"{kernel}: {error}") from None
+        if printed:
+            (output or sys.stdout.write)(printed.decode(errors="replace"))
         if report is not None:
             raise EmulatorError(report)
         return torch.frombuffer(bytearray(counts), dtype=torch.int64).view(-1, 7)
