@@ -57,6 +57,7 @@ RIGHT = [
     "sort, scan and argmax",
     "random",
     "fp8",
+    "print",
 ]
 
 
@@ -76,6 +77,8 @@ def test_other_architectures(results, architecture):
     row = results["norm bf16", architecture]
     assert row["error"] < 2e-2 and row["inside"] == int(architecture[3:])
     assert results["matmul bf16", "sm_120"]["error"] < 2e-2
+    if architecture != "sm_86":
+        assert results["fp8 e4m3", architecture]["error"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,13 @@ def test_bugs_are_stopped_at_their_source_line(results, name, check, source):
     assert path.endswith("emulator_kernels.py")
     assert source in Path(path).read_text().splitlines(keepends=True)[int(line) - 1]
     assert ("x_ptr" if "load" in name else "out_ptr") in row["message"]
+
+
+def test_device_print_shows_each_threads_value(results):
+    lines = results["print", "sm_80"]["printed"].splitlines()
+    assert len(lines) >= 3 and all("x is" in line for line in lines)
+    for program, value in enumerate(("1.500000", "-2.000000", "40.000000")):
+        assert f"pid ({program}, 0, 0) idx () x is: {value}" in lines
 
 
 def test_threads_and_order_change_nothing(results):

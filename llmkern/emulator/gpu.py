@@ -173,7 +173,7 @@ def device(
     bounds: bool = True,
     uninitialised: bool = True,
     races: bool = True,
-    warp_races: bool = False,
+    warp_races: bool = True,
     global_races: bool = True,
     async_copies: bool = True,
     collectives: bool = True,
@@ -191,8 +191,12 @@ def device(
             local memory are always checked.
         uninitialised: stop at reads of shared memory and uses of registers that nothing has set.
         races: stop at unordered accesses of two warps to shared memory.
-        global_races: stop where two CTAs store different values to one element; kernels with
-            atomics on global memory are left out.
+        warp_races: the same for two lanes of one warp, between which __syncwarp is missing.
+        global_races: stop where two CTAs touch one element, one of them storing another value, and
+            no atomics, with releases or fences before them, order the two.
+        async_copies: stop where bytes are touched that a cp.async has under way.
+        collectives: stop at shfl, mma, bar ... that not all lanes reach; off, those that are there
+            go on.
         counters: count sectors and wavefronts (warp instructions are always counted).
         threads: host threads, torch.get_num_threads() by default. Results and reports do not
             depend on it.
