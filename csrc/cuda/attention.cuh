@@ -44,12 +44,6 @@ __device__ inline const T* slab(const Rows& rows, int batch, int head) {
   return static_cast<const T*>(rows.data) + batch * rows.batch + head * rows.head;
 }
 
-template <int kD>
-__device__ inline int row_offset(int row, int unit) {
-  static_assert(kD == 64 || kD == 128, "a row is 8 or 16 units");
-  return row * (kD * 2) + ((unit ^ (row & 7)) * 16);
-}
-
 // Rows first .. first + kRows - 1 of a slab by cp.async; those past `count`, those that `keep`
 // leaves out and columns past `dim` become 0. keep: null, or one byte a row.
 template <class T, int kD, int kRows>
@@ -64,7 +58,7 @@ __device__ inline void load_rows(uint32_t shared, const T* slab, int64_t stride,
     const T* from = slab + (first + line) * stride + (bytes > 0 ? unit * 8 : 0);
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride) {
-      ptx::cp_async_cg_16(to + i * kStep * kD * 2, from, bytes);
+      ptx::cp_async_cg_16(to + i * kStep * kD * 2, ptx::global_address(from), bytes);
     }
     return;
   }
@@ -72,8 +66,8 @@ __device__ inline void load_rows(uint32_t shared, const T* slab, int64_t stride,
   for (int i = 0; i < kRows / kStep; ++i) {
     const int row = first + line + i * kStep;
     const bool inside = row < count && bytes > 0 && (keep == nullptr || keep[row] != 0);
-    ptx::cp_async_cg_16(to + i * kStep * kD * 2, inside ? slab + row * stride + unit * 8 : slab,
-                        inside ? 16 : 0);
+    const T* from = inside ? slab + row * stride + unit * 8 : slab;
+    ptx::cp_async_cg_16(to + i * kStep * kD * 2, ptx::global_address(from), inside ? 16 : 0);
   }
 }
 

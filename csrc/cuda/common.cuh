@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "llmkern/dtype.h"
 #include "ptx.cuh"
@@ -19,6 +21,26 @@ extern __shared__ __align__(128) uint8_t shared_bytes[];
 
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+template <class F, int... kIndex>
+__device__ inline void static_for(F&& f, std::integer_sequence<int, kIndex...>) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+
+// f(0), f(1) .. f(kCount - 1), each as a constant: offsets made of it fit into an instruction.
+template <int kCount, class F>
+__device__ inline void static_for(F&& f) {
+  static_for(f, std::make_integer_sequence<int, kCount>{});
+}
+
+// Byte offset of a 16-byte unit in a tile of 16-bit rows of kCols in shared memory: unit u of row r
+// stands at u ^ (r % 8), so that eight consecutive rows at one u, which ldmatrix reads at a time,
+// lie in eight distinct bank groups.
+template <int kCols>
+__device__ inline int row_offset(int row, int unit) {
+  static_assert(kCols == 64 || kCols == 128, "a row is 8 or 16 units");
+  return row * (kCols * 2) + ((unit ^ (row & 7)) * 16);
 }
 
 __device__ inline float to_float(float v) { return v; }
