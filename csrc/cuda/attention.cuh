@@ -54,20 +54,24 @@ __device__ inline void load_rows(uint32_t shared, const T* slab, int64_t stride,
   const int unit = threadIdx.x % kUnits, line = threadIdx.x / kUnits;
   const uint32_t to = shared + row_offset<kD>(line, unit);
   const int bytes = unit * 8 < dim ? 16 : 0;
+  const int64_t row_bytes = stride * 2;
+  const uint64_t start = ptx::global_address(slab);
+  // Without `first`, the same for each tile.
+  const uint64_t own = start + line * row_bytes + (bytes > 0 ? unit * 16 : 0);
   if (first + kRows <= count && keep == nullptr) {
-    const T* from = slab + (first + line) * stride + (bytes > 0 ? unit * 8 : 0);
-#pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride) {
-      ptx::cp_async_cg_16(to + i * kStep * kD * 2, ptx::global_address(from), bytes);
-    }
+    uint64_t from = own + first * row_bytes;
+    static_for<kRows / kStep>([&](auto i) {
+      ptx::cp_async_cg_16<i.value * kStep * kD * 2>(to, from, bytes);
+      from += kStep * row_bytes;
+    });
     return;
   }
 #pragma unroll
   for (int i = 0; i < kRows / kStep; ++i) {
     const int row = first + line + i * kStep;
     const bool inside = row < count && bytes > 0 && (keep == nullptr || keep[row] != 0);
-    const T* from = inside ? slab + row * stride + unit * 8 : slab;
-    ptx::cp_async_cg_16(to + i * kStep * kD * 2, ptx::global_address(from), inside ? 16 : 0);
+    const uint64_t from = inside ? start + row * row_bytes + unit * 16 : start;
+    ptx::cp_async_cg_16(to + i * kStep * kD * 2, from, inside ? 16 : 0);
   }
 }
 
@@ -94,7 +98,42 @@ __device__ inline void attention_mma(float (&d)[4], const uint32_t (&a)[4], uint
   ptx::mma_m16n8k16_f16(d, a, b0, b1);
 }
 
-// s [16 rows of a][kN rows of b] = a b^T, both tiles [*][kD].
+// The fragments of 16 rows.
+template <int kD>
+__device__ inline void load_fragments(uint32_t (&a)[kD / 16][4], uint32_t rows,
+                                      const Lanes<kD>& lanes) {
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step) {
+    ptx::ldmatrix_x4(a[step], rows + (lanes.a ^ (step * 32)));
+  }
+}
+
+// s [16][kN] += columns 16 step .. + 15 of a times those of the kN rows of b.
+template <class T, int kD, int kN>
+__device__ inline void multiply_step(float (&s)[kN / 8][4], const uint32_t (&a)[4], int step,
+                                     uint32_t b_rows, const Lanes<kD>& lanes) {
+  const uint32_t b_at = b_rows + (lanes.b ^ (step * 32));
+  static_for<kN / 16>([&](auto j) {
+    uint32_t b[4];
+    ptx::ldmatrix_x4<j.value * 16 * kD * 2>(b, b_at);
+    attention_mma(s[2 * j.value], a, b[0], b[1], T{});
+    attention_mma(s[2 * j.value + 1], a, b[2], b[3], T{});
+  });
+}
+
+// s [16 rows of a][kN rows of b] = a b^T, tiles [*][kD]; a as fragments.
+template <class T, int kD, int kN>
+__device__ inline void multiply_fragments(float (&s)[kN / 8][4], const uint32_t (&a)[kD / 16][4],
+                                          uint32_t b_rows, const Lanes<kD>& lanes) {
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step) {
+    multiply_step<T, kD, kN>(s, a[step], step, b_rows, lanes);
+  }
+}
+
+// The same of a tile in shared memory.
 template <class T, int kD, int kN>
 __device__ inline void multiply_rows(float (&s)[kN / 8][4], uint32_t a_rows, uint32_t b_rows,
                                      const Lanes<kD>& lanes) {
@@ -104,13 +143,7 @@ __device__ inline void multiply_rows(float (&s)[kN / 8][4], uint32_t a_rows, uin
   for (int step = 0; step < kD / 16; ++step) {
     uint32_t a[4];
     ptx::ldmatrix_x4(a, a_rows + (lanes.a ^ (step * 32)));
-#pragma unroll
-    for (int j = 0; j < kN / 16; ++j) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4(b, b_rows + (lanes.b ^ (step * 32)) + j * 16 * kD * 2);
-      attention_mma(s[2 * j], a, b[0], b[1], T{});
-      attention_mma(s[2 * j + 1], a, b[2], b[3], T{});
-    }
+    multiply_step<T, kD, kN>(s, a, step, b_rows, lanes);
   }
 }
 
@@ -118,26 +151,29 @@ __device__ inline void multiply_rows(float (&s)[kN / 8][4], uint32_t a_rows, uin
 template <class T, int kD, int kN>
 __device__ inline void accumulate(float (&sum)[kD / 8][4], const float (&p)[kN / 8][4],
                                   uint32_t b_rows, const Lanes<kD>& lanes) {
+  uint32_t at[kD / 16];
 #pragma unroll
-  for (int step = 0; step < kN / 16; ++step) {
-    const float(&low)[4] = p[2 * step];
-    const float(&high)[4] = p[2 * step + 1];
+  for (int j = 0; j < kD / 16; ++j) at[j] = b_rows + (lanes.b_trans ^ (j * 32));
+  static_for<kN / 16>([&](auto step) {
+    const float(&low)[4] = p[2 * step.value];
+    const float(&high)[4] = p[2 * step.value + 1];
     const uint32_t a[4] = {pack_pair(low[0], low[1], T{}), pack_pair(low[2], low[3], T{}),
                            pack_pair(high[0], high[1], T{}), pack_pair(high[2], high[3], T{})};
 #pragma unroll
     for (int j = 0; j < kD / 16; ++j) {
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, b_rows + (lanes.b_trans ^ (j * 32)) + step * 16 * kD * 2);
+      ptx::ldmatrix_x4_trans<step.value * 16 * kD * 2>(b, at[j]);
       attention_mma(sum[2 * j], a, b[0], b[1], T{});
       attention_mma(sum[2 * j + 1], a, b[2], b[3], T{});
     }
-  }
+  });
 }
 
 // Columns of a tile that a row sees.
 struct Band {
   int low, high;
   __device__ bool sees(int c) const { return c >= low && c <= high; }
+  __device__ bool ends_after(int c) const { return c <= high; }
   // Relative to the lane's first column.
   __device__ Band of_lane() const {
     const int first = 2 * (threadIdx.x % 4);
@@ -168,6 +204,7 @@ __device__ inline bool all_see(const AttentionParams& p, int i0, int i1, int j0,
 
 struct Range {
   int first, end;  // tiles
+  __device__ bool has(int tile) const { return tile >= first && tile < end; }
 };
 
 // Tiles of kSize keys that some query of i0 .. i1 sees, or of queries that see some key: columns
@@ -182,6 +219,15 @@ __device__ inline Range tiles_of(int low, int high, int length) {
 template <int kSize>
 __device__ inline Range key_tiles(const AttentionParams& p, int i0, int i1) {
   return tiles_of<kSize>(i0 + p.shift - p.left, i1 + p.shift + p.right, p.kv_len);
+}
+
+// Of those, the tiles that queries i0 .. i1 see all of.
+template <int kSize>
+__device__ inline Range whole_key_tiles(const AttentionParams& p, int i0, int i1) {
+  const int low = max(i1 + p.shift - p.left, 0);
+  const int high = min(i0 + p.shift + p.right, p.kv_len - 1);
+  if (p.key_mask != nullptr || high < 0) return {0, 0};
+  return {(low + kSize - 1) / kSize, (high + 1) / kSize};
 }
 
 template <int kSize>

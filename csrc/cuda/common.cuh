@@ -50,9 +50,9 @@ __device__ inline float to_float(BFloat16 v) {
 __device__ inline float to_float(Float16 v) { return ptx::cvt_f32_f16(v.bits); }
 
 // The two elements of a 32-bit word, the lower one first.
-__device__ inline float low_half(uint32_t pair, BFloat16) { return __uint_as_float(pair << 16); }
+__device__ inline float low_half(uint32_t pair, BFloat16) { return ptx::shl_b32(pair, 16); }
 __device__ inline float high_half(uint32_t pair, BFloat16) {
-  return __uint_as_float(pair & 0xffff0000u);
+  return ptx::and_b32(pair, 0xffff0000u);
 }
 __device__ inline float low_half(uint32_t pair, Float16) {
   return ptx::cvt_f32_f16(static_cast<uint16_t>(pair));
@@ -117,6 +117,15 @@ __device__ inline void store_vector(T* to, const float (&v)[kPack]) {
 __device__ inline void store_vector(float* to, const float (&v)[kPack]) {
   reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
   reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
+
+// Sum over the warp, the same in each lane.
+__device__ inline float warp_sum(float v) {
+  v += ptx::shfl_sync_bfly<16>(v);
+  v += ptx::shfl_sync_bfly<8>(v);
+  v += ptx::shfl_sync_bfly<4>(v);
+  v += ptx::shfl_sync_bfly<2>(v);
+  return v + ptx::shfl_sync_bfly<1>(v);
 }
 
 // Eight columns of a row from `col` on; those at or past `cols` read as 0. vector: the address of

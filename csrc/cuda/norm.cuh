@@ -73,8 +73,7 @@ struct GroupSum {
 
   __device__ float operator()(float v) {
     if (lanes >= kWarp) {
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+      v = warp_sum(v);
     } else {
       for (int step = lanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
     }
@@ -136,11 +135,15 @@ __device__ inline void clear_missing(float (&v)[kPack], int col, const NormScala
 // The scale of eight columns: weight, + 1 with unit_offset, 1 without a weight.
 __device__ inline void load_scale(const NormScalars& s, const void* weight, int col,
                                   float (&w)[kPack]) {
-  if (weight != nullptr) load_pack_as(s.weight_dtype, weight, col, s.cols, s.vector, w);
+  if (weight == nullptr) {
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    w[i] = weight == nullptr ? 1.0f : s.unit_offset ? w[i] + 1.0f : w[i];
+    for (int i = 0; i < kPack; ++i) w[i] = 1.0f;
+    return;
   }
+  load_pack_as(s.weight_dtype, weight, col, s.cols, s.vector, w);
+  if (!s.unit_offset) return;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) w[i] += 1.0f;
 }
 
 // f(X{}, T{}): dtypes of x and of everything else.

@@ -224,12 +224,12 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_columns_kernel(const Bw
   store_pack(partial + s.cols, col, s.cols, s.cols % kPack == 0, db);
 }
 
-// Blocks that the weight gradient is summed in: as many as fill a large card; no more than 1 / 32
+// Blocks that the weight gradient is summed in: as many as fill a large card; no more than 1 / 36
 // of the rows, so that partial sums stay a small part of the bytes moved.
 constexpr int kMaxParts = 256;
 
 int64_t bwd_parts(int64_t rows) {
-  const int64_t parts = ceil_div(rows, 32);
+  const int64_t parts = ceil_div(rows, 36);
   return parts < kMaxParts ? parts : kMaxParts;
 }
 

@@ -110,6 +110,27 @@ __device__ inline float cvt_f32_f16(uint16_t half) {
   return value;
 }
 
+// Bits as a float, without the move from an integer register to a float's that a cast takes in PTX.
+__device__ inline float shl_b32(uint32_t bits, uint32_t by) {
+  float value;
+  asm("shl.b32 %0, %1, %2;" : "=f"(value) : "r"(bits), "r"(by));
+  return value;
+}
+
+__device__ inline float and_b32(uint32_t bits, uint32_t mask) {
+  float value;
+  asm("and.b32 %0, %1, %2;" : "=f"(value) : "r"(bits), "r"(mask));
+  return value;
+}
+
+// v of lane (own lane ^ kMask); all lanes take part.
+template <int kMask>
+__device__ inline float shfl_sync_bfly(float v) {
+  float other;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, -1;" : "=f"(other) : "f"(v), "n"(kMask));
+  return other;
+}
+
 // 2^x to 2 ulp; 0 for very negative x, -inf included.
 __device__ inline float ex2_approx_ftz_f32(float x) {
   float value;
