@@ -44,48 +44,73 @@ __device__ inline const T* slab(const Rows& rows, int batch, int head) {
   return static_cast<const T*>(rows.data) + batch * rows.batch + head * rows.head;
 }
 
-// Rows first .. first + kRows - 1 of a slab by cp.async; those past `count`, those that `keep`
-// leaves out and columns past `dim` become 0. keep: null, or one byte a row.
+// A thread's part of loading tile after tile of kRows rows of a slab by cp.async. Rows past `count`,
+// those that `kept` leaves out and columns past `dim` become 0. kept: null, or one byte a row.
+template <class T, int kD, int kRows>
+struct RowLoader {
+  static constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
+  static_assert(kStep % 8 == 0, "the rows of a thread have the same swizzle");
+  uint64_t from;  // of its first row in the next tile
+  uint64_t step;  // bytes from one of its rows to the next
+  uint64_t nothing;  // readable, for copies of 0 bytes
+  uint32_t to;
+  int bytes, line;
+
+  // first: where the first tile starts.
+  __device__ RowLoader(uint32_t shared, const T* slab, int64_t stride, int first, int dim) {
+    const int unit = threadIdx.x % kUnits;
+    line = threadIdx.x / kUnits;
+    to = shared + row_offset<kD>(line, unit);
+    bytes = unit * 8 < dim ? 16 : 0;
+    nothing = ptx::global_address(slab);
+    from = nothing + (first + line) * stride * 2 + (bytes > 0 ? unit * 16 : 0);
+    step = stride * 2 * kStep;
+    ptx::keep(to);
+    ptx::keep(bytes);
+    ptx::keep(line);
+    ptx::keep(from);
+    ptx::keep(step);
+  }
+
+  // The next tile, whose first row is `first`, to `offset` bytes after the first.
+  __device__ void load(uint32_t offset, int first, int count, const uint8_t* kept = nullptr) {
+    if (first + kRows <= count && kept == nullptr) {
+      static_for<kRows / kStep>([&](auto i) {
+        ptx::cp_async_cg_16<i.value * kStep * kD * 2>(to + offset, from, bytes);
+        from += step;
+      });
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i, from += step) {
+      const int row = first + line + i * kStep;
+      const bool inside = row < count && bytes > 0 && (kept == nullptr || kept[row] != 0);
+      ptx::cp_async_cg_16(to + offset + i * kStep * kD * 2, inside ? from : nothing,
+                          inside ? 16 : 0);
+    }
+  }
+};
+
+// Rows first .. first + kRows - 1 alone.
 template <class T, int kD, int kRows>
 __device__ inline void load_rows(uint32_t shared, const T* slab, int64_t stride, int first,
-                                 int count, int dim, const uint8_t* keep = nullptr) {
-  constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
-  static_assert(kStep % 8 == 0, "the rows of a thread have the same swizzle");
-  const int unit = threadIdx.x % kUnits, line = threadIdx.x / kUnits;
-  const uint32_t to = shared + row_offset<kD>(line, unit);
-  const int bytes = unit * 8 < dim ? 16 : 0;
-  const int64_t row_bytes = stride * 2;
-  const uint64_t start = ptx::global_address(slab);
-  // Without `first`, the same for each tile.
-  const uint64_t own = start + line * row_bytes + (bytes > 0 ? unit * 16 : 0);
-  if (first + kRows <= count && keep == nullptr) {
-    uint64_t from = own + first * row_bytes;
-    static_for<kRows / kStep>([&](auto i) {
-      ptx::cp_async_cg_16<i.value * kStep * kD * 2>(to, from, bytes);
-      from += kStep * row_bytes;
-    });
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kRows / kStep; ++i) {
-    const int row = first + line + i * kStep;
-    const bool inside = row < count && bytes > 0 && (keep == nullptr || keep[row] != 0);
-    const uint64_t from = inside ? start + row * row_bytes + unit * 16 : start;
-    ptx::cp_async_cg_16(to + i * kStep * kD * 2, from, inside ? 16 : 0);
-  }
+                                 int count, int dim, const uint8_t* kept = nullptr) {
+  RowLoader<T, kD, kRows>(shared, slab, stride, first, dim).load(0, first, count, kept);
 }
 
 // Offsets of a lane's ldmatrix rows; add the tile's address and row0 * kD * 2, row0 a multiple of
 // 16. The xor of a multiple of two units commutes with the swizzle.
 template <int kD>
 struct Lanes {
-  int a, b, b_trans;
+  uint32_t a, b, b_trans;
 
   __device__ Lanes() {
     const int lane = threadIdx.x % kWarp, second = (lane / 8) & 1, third = lane / 16;
     a = row_offset<kD>(second * 8 + lane % 8, third);
     b = row_offset<kD>(third * 8 + lane % 8, second);
-    b_trans = row_offset<kD>(second * 8 + lane % 8, third);
+    ptx::keep(a);
+    ptx::keep(b);
+    b_trans = a;
   }
 };
 

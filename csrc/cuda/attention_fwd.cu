@@ -126,24 +126,20 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
   const int i1 = i0 + kBlockRows - 1;
   const Range tiles = key_tiles<kKeys>(p, i0, min(i1, p.q_len - 1));
   const Range whole_tiles = whole_key_tiles<kKeys>(p, i0, i1);
-  const auto load_k = [&](int tile) {
+  using Loader = RowLoader<T, kD, kKeys>;
+  const int j_first = tiles.first * kKeys;
+  Loader k_rows(shared + Shared::kK, k, p.k.row, j_first, p.head_dim);
+  Loader v_rows(shared + Shared::kV, v, p.v.row, j_first, p.value_dim);
+  const auto load = [&](Loader& rows, int tile) {
     if (tile < tiles.end) {
-      load_rows<T, kD, kKeys>(shared + Shared::kK + tile % 2 * Shared::kTile, k, p.k.row,
-                              tile * kKeys, p.kv_len, p.head_dim, keep);
-    }
-    ptx::cp_async_commit_group();
-  };
-  const auto load_v = [&](int tile) {
-    if (tile < tiles.end) {
-      load_rows<T, kD, kKeys>(shared + Shared::kV + tile % 2 * Shared::kTile, v, p.v.row,
-                              tile * kKeys, p.kv_len, p.value_dim, keep);
+      rows.load(tile % 2 * Shared::kTile, tile * kKeys, p.kv_len, keep);
     }
     ptx::cp_async_commit_group();
   };
   load_rows<T, kD, kBlockRows>(shared + Shared::kQ, q, p.q.row, i0, p.q_len, p.head_dim);
   ptx::cp_async_commit_group();
-  load_k(tiles.first);
-  load_v(tiles.first);
+  load(k_rows, tiles.first);
+  load(v_rows, tiles.first);
   const float scale_log2 = p.scale * kLog2E;
   Softmax softmax;
   float out[kD / 8][4] = {};
@@ -156,7 +152,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
     float s[kKeys / 8][4];
     ptx::cp_async_wait_group<1>();  // K of this tile is here, V may be under way
     __syncthreads();
-    load_k(tile + 1);
+    load(k_rows, tile + 1);
     multiply_fragments<T, kD, kKeys>(s, q_fragments,
                                      shared + Shared::kK + tile % 2 * Shared::kTile, lanes);
     const bool whole = whole_tiles.has(tile);
@@ -180,7 +176,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
       plain |=
           barrier_all_finite(plain ? 0 : own_exponents<T, kD, kKeys>(shared_bytes + v_tile));
     }
-    load_v(tile + 1);
+    load(v_rows, tile + 1);
     accumulate_seen<T, kD, kKeys>(out, s, v_tile, lanes, plain, bands);
   }
   ptx::cp_async_wait_group<0>();

@@ -12,6 +12,8 @@ __device__ inline uint64_t global_address(const void* p) {
 
 // No instruction: the value is computed here once, and not again inside the loop that uses it.
 __device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(int& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(uint64_t& value) { asm volatile("" : "+l"(value)); }
 
 // Constant offsets are part of the instruction: addresses that differ by a constant cost one
 // register and no arithmetic.
