@@ -72,15 +72,17 @@ struct RowLoader {
     ptx::keep(step);
   }
 
-  // The next tile, whose first row is `first`, to `offset` bytes after the first.
+  // The next tile, all rows of which exist and are kept, to `offset` bytes after the first.
+  __device__ void load_whole(uint32_t offset) {
+    static_for<kRows / kStep>([&](auto i) {
+      ptx::cp_async_cg_16<i.value * kStep * kD * 2>(to + offset, from, bytes);
+      from += step;
+    });
+  }
+
+  // Any tile; its first row is `first`.
   __device__ void load(uint32_t offset, int first, int count, const uint8_t* kept = nullptr) {
-    if (first + kRows <= count && kept == nullptr) {
-      static_for<kRows / kStep>([&](auto i) {
-        ptx::cp_async_cg_16<i.value * kStep * kD * 2>(to + offset, from, bytes);
-        from += step;
-      });
-      return;
-    }
+    if (first + kRows <= count && kept == nullptr) return load_whole(offset);
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i, from += step) {
       const int row = first + line + i * kStep;
@@ -346,23 +348,38 @@ __device__ inline void store_rows(uint8_t* shared, const Rows& to, int batch, in
                                   int count, int dim, const float (&sum)[kD / 8][4],
                                   const float (&scale)[2]) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int base = row_offset<kD>(g, 0) + t * 4;
 #pragma unroll
   for (int j = 0; j < kD / 8; ++j) {
+    uint8_t* column = shared + (base ^ (j * 16));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int at = row_offset<kD>(g + half * 8, j) + t * 4;
-      *reinterpret_cast<uint32_t*>(shared + at) =
+      *reinterpret_cast<uint32_t*>(column + half * 8 * kD * 2) =
           pack_pair(sum[j][2 * half] * scale[half], sum[j][2 * half + 1] * scale[half], T{});
     }
   }
   __syncwarp();
-  T* rows = const_cast<T*>(slab<T>(to, batch, head));
+  constexpr int kUnits = kD / 8, kStep = kWarp / kUnits;  // 4 or 2 rows at a time
+  const int unit = lane % kUnits, row = lane / kUnits;
+  if (unit * 8 >= dim) return;
+  // Eight rows on, the swizzle is the same.
+  int at[8 / kStep];
 #pragma unroll
-  for (int i = lane; i < kWarpRows * (kD / 8); i += kWarp) {
-    const int row = i / (kD / 8), unit = i % (kD / 8);
-    if (first + row < count && unit * 8 < dim) {
-      *reinterpret_cast<uint4*>(rows + (first + row) * to.row + unit * 8) =
-          *reinterpret_cast<const uint4*>(shared + row_offset<kD>(row, unit));
+  for (int i = 0; i < 8 / kStep; ++i) at[i] = row_offset<kD>(row + i * kStep, unit);
+  T* out = const_cast<T*>(slab<T>(to, batch, head)) + (first + row) * to.row + unit * 8;
+  const int64_t step = kStep * to.row;
+  const auto copy = [&](int i) {
+    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(
+        shared + at[i % (8 / kStep)] + i / (8 / kStep) * 8 * kD * 2);
+    out += step;
+  };
+  if (first + kWarpRows <= count) {
+#pragma unroll
+    for (int i = 0; i < kWarpRows / kStep; ++i) copy(i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWarpRows / kStep; ++i) {
+      if (first + row + i * kStep < count) copy(i);
     }
   }
 }

@@ -130,16 +130,19 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
   const int j_first = tiles.first * kKeys;
   Loader k_rows(shared + Shared::kK, k, p.k.row, j_first, p.head_dim);
   Loader v_rows(shared + Shared::kV, v, p.v.row, j_first, p.value_dim);
-  const auto load = [&](Loader& rows, int tile) {
-    if (tile < tiles.end) {
-      rows.load(tile % 2 * Shared::kTile, tile * kKeys, p.kv_len, keep);
+  const int end_whole = keep == nullptr ? min(tiles.end, p.kv_len / kKeys) : 0;
+  const auto load = [&](Loader& rows, int tile, uint32_t stage) {
+    if (tile < end_whole) {
+      rows.load_whole(stage);
+    } else if (tile < tiles.end) {
+      rows.load(stage, tile * kKeys, p.kv_len, keep);
     }
     ptx::cp_async_commit_group();
   };
   load_rows<T, kD, kBlockRows>(shared + Shared::kQ, q, p.q.row, i0, p.q_len, p.head_dim);
   ptx::cp_async_commit_group();
-  load(k_rows, tiles.first);
-  load(v_rows, tiles.first);
+  load(k_rows, tiles.first, 0);
+  load(v_rows, tiles.first, 0);
   const float scale_log2 = p.scale * kLog2E;
   Softmax softmax;
   float out[kD / 8][4] = {};
@@ -147,14 +150,15 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
   ptx::cp_async_wait_group<2>();
   __syncthreads();
   load_fragments<kD>(q_fragments, q_rows, lanes);
-  for (int tile = tiles.first; tile < tiles.end; ++tile) {
+  uint32_t stage = 0;
+  for (int tile = tiles.first; tile < tiles.end; ++tile, stage ^= Shared::kTile) {
     const int j0 = tile * kKeys;
     float s[kKeys / 8][4];
     ptx::cp_async_wait_group<1>();  // K of this tile is here, V may be under way
     __syncthreads();
-    load(k_rows, tile + 1);
+    load(k_rows, tile + 1, stage ^ Shared::kTile);
     multiply_fragments<T, kD, kKeys>(s, q_fragments,
-                                     shared + Shared::kK + tile % 2 * Shared::kTile, lanes);
+                                     shared + Shared::kK + stage, lanes);
     const bool whole = whole_tiles.has(tile);
     Band bands[2];
     if (!whole) {
@@ -167,7 +171,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
       drop_keys<kKeys>(p, batch * p.heads + head, row0, j0, s, 1.0f);
     }
     ptx::cp_async_wait_group<1>();
-    const uint32_t v_tile = Shared::kV + tile % 2 * Shared::kTile;
+    const uint32_t v_tile = Shared::kV + stage;
     bool plain = true;
     if (whole) {
       __syncthreads();
@@ -176,7 +180,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
       plain |=
           barrier_all_finite(plain ? 0 : own_exponents<T, kD, kKeys>(shared_bytes + v_tile));
     }
-    load(v_rows, tile + 1);
+    load(v_rows, tile + 1, stage ^ Shared::kTile);
     accumulate_seen<T, kD, kKeys>(out, s, v_tile, lanes, plain, bands);
   }
   ptx::cp_async_wait_group<0>();
