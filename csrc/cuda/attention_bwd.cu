@@ -165,7 +165,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const uint32_t q_rows = shared + stage;
     const int i1 = i0 + kN - 1;
     walk.next();
-    const bool all = all_see(p, i0, i1, j0, j1), covered = band_covers(p, i0, i1, j0, j1);
+    const bool all = all_see(p, i0, i1, j0, j1);
+    // A masked-out key must not meet a NaN of a query or its dO either.
+    const bool covered = keep == nullptr && band_covers(p, i0, i1, j0, j1);
     ptx::cp_async_wait_group<0>();
     // This stage is here, and every warp is done with the other one.
     bool plain = true;
