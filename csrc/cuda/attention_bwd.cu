@@ -75,8 +75,8 @@ struct QueryLoader {
   int stage = 0;
 
   __device__ QueryLoader(const AttentionParams& p, const Walk& start, int batch, uint32_t shared)
-      : q(shared + Shared::kStages, slab<T>(p.q, batch, start.head), p.q.row,
-          start.tile * kN, p.head_dim),
+      : q(shared + Shared::kStages, slab<T>(p.q, batch, start.head), p.q.row, start.tile * kN,
+          p.head_dim),
         dout(shared + Shared::kStages + Shared::kTile, slab<T>(p.dout, batch, start.head),
              p.dout.row, start.tile * kN, p.value_dim),
         at(start) {}
@@ -90,8 +90,8 @@ struct QueryLoader {
         const int i = i0 + threadIdx.x;
         const int64_t row = (static_cast<int64_t>(batch) * p.heads + at.head) * p.q_len + i;
         auto terms = reinterpret_cast<float2*>(shared_bytes + Shared::kRowTerms) + stage * kN;
-        terms[threadIdx.x] = i < p.q_len ? make_float2(p.lse[row] * kLog2E, p.delta[row])
-                                         : make_float2(0.0f, 0.0f);
+        terms[threadIdx.x] =
+            i < p.q_len ? make_float2(p.lse[row] * kLog2E, p.delta[row]) : make_float2(0.0f, 0.0f);
       }
       stage ^= 1;
       if (at.next()) {  // back to the first tile, and on to the next head

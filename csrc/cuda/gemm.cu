@@ -269,8 +269,7 @@ void run(const GemmArgs& g, const GemmPlan& plan, const Place& place) {
   p.part_k = static_cast<int>(plan.part_k);
   p.partial = plan.parts > 1 ? static_cast<float*>(g.scratch) : nullptr;
   p.epilogue = epilogue_params(g.epilogue, s);
-  const dim3 grid(static_cast<unsigned>(p.tiles_m) * p.tiles_n,
-                  static_cast<unsigned>(plan.parts));
+  const dim3 grid(static_cast<unsigned>(p.tiles_m) * p.tiles_n, static_cast<unsigned>(plan.parts));
   launch("gemm", gemm_kernel<T, kOuterA, kOuterB, kBlock>, grid, kGemmThreads,
          Gemm<T, kOuterA, kOuterB, kBlock>::kSharedBytes, place, p);
   if (plan.parts > 1) {

@@ -183,8 +183,7 @@ __device__ inline void copy_tile(const EpilogueParams& e, int64_t row0, int64_t 
   const int64_t step = kStep * e.y_stride, left = m - row0 - first;
   T* to = static_cast<T*>(e.y) + (row0 + first) * e.y_stride + col0 + unit * kPack;
   const auto copy = [&](int i) {
-    *reinterpret_cast<uint4*>(to) =
-        *reinterpret_cast<const uint4*>(from + i * kStep * kSide * 2);
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + i * kStep * kSide * 2);
     to += step;
   };
   if (m - row0 >= kSide) {
