@@ -112,11 +112,12 @@ def test_number_of_kernels(resources):
         "column_sums": 1,
         "gemm": 14,
         "gemm_ieee": 1,
+        "gemm_join": 3,
         "linear_bwd": 3,
-        "norm_bwd": 5,
+        "norm_bwd": 11,
         "norm_bwd_columns": 3,
         "norm_bwd_loop": 5,
-        "norm_fwd": 5,
+        "norm_fwd": 11,
         "norm_fwd_loop": 5,
     }
 

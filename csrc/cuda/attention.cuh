@@ -44,14 +44,15 @@ __device__ inline const T* slab(const Rows& rows, int batch, int head) {
   return static_cast<const T*>(rows.data) + batch * rows.batch + head * rows.head;
 }
 
-// A thread's part of loading tile after tile of kRows rows of a slab by cp.async. Rows past `count`,
-// those that `kept` leaves out and columns past `dim` become 0. kept: null, or one byte a row.
+// A thread's part of loading tile after tile of kRows rows of a slab by cp.async. Rows past
+// `count`, those that `kept` leaves out and columns past `dim` become 0. kept: null, or one byte a
+// row.
 template <class T, int kD, int kRows>
 struct RowLoader {
   static constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
   static_assert(kStep % 8 == 0, "the rows of a thread have the same swizzle");
-  uint64_t from;  // of its first row in the next tile
-  uint64_t step;  // bytes from one of its rows to the next
+  uint64_t from;     // of its first row in the next tile
+  uint64_t step;     // bytes from one of its rows to the next
   uint64_t nothing;  // readable, for copies of 0 bytes
   uint32_t to;
   int bytes, line;
@@ -369,8 +370,8 @@ __device__ inline void store_rows(uint8_t* shared, const Rows& to, int batch, in
   T* out = const_cast<T*>(slab<T>(to, batch, head)) + (first + row) * to.row + unit * 8;
   const int64_t step = kStep * to.row;
   const auto copy = [&](int i) {
-    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(
-        shared + at[i % (8 / kStep)] + i / (8 / kStep) * 8 * kD * 2);
+    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(shared + at[i % (8 / kStep)] +
+                                                                     i / (8 / kStep) * 8 * kD * 2);
     out += step;
   };
   if (first + kWarpRows <= count) {

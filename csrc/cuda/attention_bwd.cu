@@ -75,8 +75,8 @@ struct QueryLoader {
   int stage = 0;
 
   __device__ QueryLoader(const AttentionParams& p, const Walk& start, int batch, uint32_t shared)
-      : q(shared + Shared::kStages, slab<T>(p.q, batch, start.head), p.q.row,
-          start.tile * kN, p.head_dim),
+      : q(shared + Shared::kStages, slab<T>(p.q, batch, start.head), p.q.row, start.tile * kN,
+          p.head_dim),
         dout(shared + Shared::kStages + Shared::kTile, slab<T>(p.dout, batch, start.head),
              p.dout.row, start.tile * kN, p.value_dim),
         at(start) {}
@@ -90,8 +90,8 @@ struct QueryLoader {
         const int i = i0 + threadIdx.x;
         const int64_t row = (static_cast<int64_t>(batch) * p.heads + at.head) * p.q_len + i;
         auto terms = reinterpret_cast<float2*>(shared_bytes + Shared::kRowTerms) + stage * kN;
-        terms[threadIdx.x] = i < p.q_len ? make_float2(p.lse[row] * kLog2E, p.delta[row])
-                                         : make_float2(0.0f, 0.0f);
+        terms[threadIdx.x] =
+            i < p.q_len ? make_float2(p.lse[row] * kLog2E, p.delta[row]) : make_float2(0.0f, 0.0f);
       }
       stage ^= 1;
       if (at.next()) {  // back to the first tile, and on to the next head
@@ -165,7 +165,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const uint32_t q_rows = shared + stage;
     const int i1 = i0 + kN - 1;
     walk.next();
-    const bool all = all_see(p, i0, i1, j0, j1), covered = band_covers(p, i0, i1, j0, j1);
+    const bool all = all_see(p, i0, i1, j0, j1);
+    // A masked-out key must not meet a NaN of a query or its dO either.
+    const bool covered = keep == nullptr && band_covers(p, i0, i1, j0, j1);
     ptx::cp_async_wait_group<0>();
     // This stage is here, and every warp is done with the other one.
     bool plain = true;

@@ -13,9 +13,9 @@ namespace {
 
 constexpr int kKeys = 64;
 
-// Weights are 2^(score - base), scores times log2 e. A row's base follows its maximum only when that
-// has grown by more than 2^kSlack: the weights stay far below the largest float16, and most tiles
-// spare the sums so far their new scale.
+// Weights are 2^(score - base), scores times log2 e. A row's base follows its maximum only when
+// that has grown by more than 2^kSlack: the weights stay far below the largest float16, and most
+// tiles spare the sums so far their new scale.
 constexpr float kSlack = 8.0f;
 constexpr float kNoBase = -1.5e38f;  // below any score, and finite: hidden scores are -inf
 
@@ -157,8 +157,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
     ptx::cp_async_wait_group<1>();  // K of this tile is here, V may be under way
     __syncthreads();
     load(k_rows, tile + 1, stage ^ Shared::kTile);
-    multiply_fragments<T, kD, kKeys>(s, q_fragments,
-                                     shared + Shared::kK + stage, lanes);
+    multiply_fragments<T, kD, kKeys>(s, q_fragments, shared + Shared::kK + stage, lanes);
     const bool whole = whole_tiles.has(tile);
     Band bands[2];
     if (!whole) {
@@ -177,8 +176,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
       __syncthreads();
     } else {
       plain = band_covers(p, i0, i1, j0, j0 + kKeys - 1);
-      plain |=
-          barrier_all_finite(plain ? 0 : own_exponents<T, kD, kKeys>(shared_bytes + v_tile));
+      plain |= barrier_all_finite(plain ? 0 : own_exponents<T, kD, kKeys>(shared_bytes + v_tile));
     }
     load(v_rows, tile + 1, stage ^ Shared::kTile);
     accumulate_seen<T, kD, kKeys>(out, s, v_tile, lanes, plain, bands);

@@ -171,28 +171,34 @@ struct Gemm {
     }
   }
 
-  // A 16-bit tile of y with nothing but a bias added: through shared memory as it is stored.
+  // A tile of y with nothing but a bias added. 16-bit elements go through shared memory as they are
+  // stored; of floats a quad of lanes has whole sectors as it is.
   __device__ void store_plain(const EpilogueParams& e, int row0, int64_t m, int col0, int n,
                               int warp_row, int warp_col) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     if (e.bias[0] != nullptr) add_bias_pairs<T>(e.bias[0], col0 + warp_col + 2 * t, n, sum);
-    const int base = row_offset<kBlock>(warp_row + g, warp_col / 8) + t * 4;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      store_floats(static_cast<float*>(e.y), row0 + warp_row, m, e.y_stride, col0 + warp_col, n);
+    } else {
+      const int base = row_offset<kBlock>(warp_row + g, warp_col / 8) + t * 4;
 #pragma unroll
-    for (int j = 0; j < 2 * kBlocks; ++j) {
-      uint8_t* column = shared_bytes + (base ^ (j * kUnit));
+      for (int j = 0; j < 2 * kBlocks; ++j) {
+        uint8_t* column = shared_bytes + (base ^ (j * kUnit));
 #pragma unroll
-      for (int i = 0; i < 2 * kBlocks; ++i) {
-        const float(&v)[4] = sum[i / 2][j];
-        *reinterpret_cast<uint32_t*>(column + i * 8 * kBlock * 2) =
-            pack_pair(v[i % 2 * 2], v[i % 2 * 2 + 1], T{});
+        for (int i = 0; i < 2 * kBlocks; ++i) {
+          const float(&v)[4] = sum[i / 2][j];
+          *reinterpret_cast<uint32_t*>(column + i * 8 * kBlock * 2) =
+              pack_pair(v[i % 2 * 2], v[i % 2 * 2 + 1], T{});
+        }
       }
+      __syncthreads();
+      copy_tile<T, kBlock, kGemmThreads>(e, row0, m, col0, n);
     }
-    __syncthreads();
-    copy_tile<T, kBlock, kGemmThreads>(e, row0, m, col0, n);
   }
 
-  // 16 rows x 8 columns after another, each lane the four sums that it holds.
-  __device__ void store_partial(float* rows, int64_t row0, int64_t m, int64_t stride, int col0) {
+  // The warp's sums to rows of floats, of which n columns exist, a multiple of 8.
+  __device__ void store_floats(float* rows, int64_t row0, int64_t m, int64_t stride, int col0,
+                               int n) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
@@ -202,7 +208,9 @@ struct Gemm {
 #pragma unroll
       for (int j = 0; j < 2 * kBlocks; ++j) {
         const float(&v)[4] = sum[i / 2][j];
-        *reinterpret_cast<float2*>(to + j * 8) = make_float2(v[i % 2 * 2], v[i % 2 * 2 + 1]);
+        if (col0 + j * 8 < n) {
+          *reinterpret_cast<float2*>(to + j * 8) = make_float2(v[i % 2 * 2], v[i % 2 * 2 + 1]);
+        }
       }
     }
   }
@@ -223,16 +231,14 @@ __global__ void __launch_bounds__(kGemmThreads) gemm_kernel(const GemmParams p) 
   G product;
   product.run(load_a, load_b, {tile_a, warp_row}, {tile_b, warp_col}, min(p.part_k, p.k - k0));
   if (p.partial != nullptr) {
-    const int64_t stride = int64_t{p.tiles_n} * kBlock;
-    product.store_partial(p.partial + blockIdx.y * p.m * stride, row0 + warp_row, p.m, stride,
-                          place.n * kBlock + warp_col);
+    const int columns = p.tiles_n * kBlock;
+    product.store_floats(p.partial + blockIdx.y * p.m * columns, row0 + warp_row, p.m, columns,
+                         place.n * kBlock + warp_col, columns);
     return;
   }
-  if constexpr (sizeof(T) == 2) {
-    if (p.epilogue.plain) {
-      product.store_plain(p.epilogue, row0, p.m, col0, p.n, warp_row, warp_col);
-      return;
-    }
+  if (p.epilogue.plain) {
+    product.store_plain(p.epilogue, row0, p.m, col0, p.n, warp_row, warp_col);
+    return;
   }
   product.to_shared(p.epilogue.gated, warp_row, warp_col);
   __syncthreads();
@@ -263,8 +269,7 @@ void run(const GemmArgs& g, const GemmPlan& plan, const Place& place) {
   p.part_k = static_cast<int>(plan.part_k);
   p.partial = plan.parts > 1 ? static_cast<float*>(g.scratch) : nullptr;
   p.epilogue = epilogue_params(g.epilogue, s);
-  const dim3 grid(static_cast<unsigned>(p.tiles_m) * p.tiles_n,
-                  static_cast<unsigned>(plan.parts));
+  const dim3 grid(static_cast<unsigned>(p.tiles_m) * p.tiles_n, static_cast<unsigned>(plan.parts));
   launch("gemm", gemm_kernel<T, kOuterA, kOuterB, kBlock>, grid, kGemmThreads,
          Gemm<T, kOuterA, kOuterB, kBlock>::kSharedBytes, place, p);
   if (plan.parts > 1) {

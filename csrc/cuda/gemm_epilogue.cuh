@@ -145,6 +145,15 @@ __device__ inline void finish_tile(const EpilogueParams& e, const uint8_t* tile,
   }
 }
 
+template <class T>
+__device__ inline float2 load_pair(const T* from) {
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
+  return make_float2(low_half(pair, T{}), high_half(pair, T{}));
+}
+__device__ inline float2 load_pair(const float* from) {
+  return *reinterpret_cast<const float2*>(from);
+}
+
 // Adds the bias to a warp's fragments: blocks of eight columns, of which this lane holds two from
 // `col` on; n is a multiple of 8.
 template <class T, int kRows, int kBlocks>
@@ -153,13 +162,11 @@ __device__ inline void add_bias_pairs(const void* bias, int col, int n,
 #pragma unroll
   for (int j = 0; j < kBlocks; ++j) {
     if (col + j * 8 >= n) return;
-    const auto pair =
-        *reinterpret_cast<const uint32_t*>(static_cast<const T*>(bias) + col + j * 8);
-    const float low = low_half(pair, T{}), high = high_half(pair, T{});
+    const float2 b = load_pair(static_cast<const T*>(bias) + col + j * 8);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      sum[i][j][0] += low, sum[i][j][1] += high;
-      sum[i][j][2] += low, sum[i][j][3] += high;
+      sum[i][j][0] += b.x, sum[i][j][1] += b.y;
+      sum[i][j][2] += b.x, sum[i][j][3] += b.y;
     }
   }
 }
@@ -176,8 +183,7 @@ __device__ inline void copy_tile(const EpilogueParams& e, int64_t row0, int64_t 
   const int64_t step = kStep * e.y_stride, left = m - row0 - first;
   T* to = static_cast<T*>(e.y) + (row0 + first) * e.y_stride + col0 + unit * kPack;
   const auto copy = [&](int i) {
-    *reinterpret_cast<uint4*>(to) =
-        *reinterpret_cast<const uint4*>(from + i * kStep * kSide * 2);
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + i * kStep * kSide * 2);
     to += step;
   };
   if (m - row0 >= kSide) {

@@ -1,8 +1,9 @@
 // Parts of a product cut along k: which products are cut, and their sums with the epilogue.
 //
-// A thread reads the same four columns of two rows, 16 bytes each, so a warp's reads are contiguous;
-// then neighbours exchange halves, and each has eight columns of one row, as the epilogue and its
-// 16-byte stores want them. Parts are added in their order: the result depends on the shape alone.
+// A thread reads the same four columns of two rows, 16 bytes each, so a warp's reads are
+// contiguous; then neighbours exchange halves, and each has eight columns of one row, as the
+// epilogue and its 16-byte stores want them. Parts are added in their order: the result depends on
+// the shape alone.
 #include "gemm_join.cuh"
 
 #include "launch.cuh"
@@ -18,8 +19,7 @@ __device__ inline void add_to(float (&sum)[4], const float* from) {
 }
 
 // The pack of eight columns from `col` on of row `row` + lane % 2.
-__device__ inline void load_sums(const JoinParams& p, int64_t row, int64_t col,
-                                 float (&v)[kPack]) {
+__device__ inline void load_sums(const JoinParams& p, int64_t row, int64_t col, float (&v)[kPack]) {
   const bool odd = threadIdx.x % 2 != 0;
   const int64_t part_step = p.m * p.stride, row_step = row + 1 < p.m ? p.stride : 0;
   const float* from = p.partial + min(row, p.m - 1) * p.stride + col + (odd ? 4 : 0);

@@ -141,9 +141,9 @@ struct Fragments {
     const int lane = threadIdx.x % kWarp;
     const int second = (lane / 8) & 1, third = lane / 16;
     const int rows8 = kRowsFirst ? second : third, k8 = kRowsFirst ? third : second;
-    const int offset =
-        kOuter ? Tile<kOuter, kBlock>::offset(k8 * 8 + lane % 8, first_row / 8 + rows8)
-               : Tile<kOuter, kBlock>::offset(first_row + rows8 * 8 + lane % 8, k8);
+    const int offset = kOuter
+                           ? Tile<kOuter, kBlock>::offset(k8 * 8 + lane % 8, first_row / 8 + rows8)
+                           : Tile<kOuter, kBlock>::offset(first_row + rows8 * 8 + lane % 8, k8);
 #pragma unroll
     for (int i = 0; i < kAddresses; ++i) {
       at[i] = tile + (offset ^ (i * 2 * kUnit));

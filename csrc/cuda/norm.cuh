@@ -8,7 +8,8 @@
 // (the *_loop kernels).
 //
 // Exact kernels (kExact 3 or 4: that many packs in each of whole warps, all accesses 16 bytes) test
-// nothing in the loop; model widths are of that kind: 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192.
+// nothing in the loop; model widths are of that kind: 768, 1024, 1536, 2048, 3072, 4096, 5120,
+// 8192.
 #pragma once
 
 #include "common.cuh"
@@ -37,7 +38,8 @@ inline RowPlan row_plan(int64_t cols, int rows_per_group) {
   const int64_t packs = ceil_div(cols, kPack);
   int lanes = 1, exact = 0;
   while (lanes < packs && lanes < kWarp) lanes *= 2;
-  if (packs > kWarp * kRowPacks) lanes = static_cast<int>(ceil_div(packs, kWarp * kRowPacks)) * kWarp;
+  if (packs > kWarp * kRowPacks)
+    lanes = static_cast<int>(ceil_div(packs, kWarp * kRowPacks)) * kWarp;
   for (int each : {3, 4}) {
     const int64_t unit = kWarp * kPack * each;
     if (cols % unit == 0 && cols / unit <= kMaxRowThreads / kWarp) exact = each;
