@@ -80,8 +80,8 @@ class _Check:
     def __call__(self, condition: bool, name: str, rule: str, got: Any) -> None:
         if not condition:
             raise TuneFileError(
-                f"{self.file} is not a tune file: {name} must be {rule}, got {got!r}; delete it or "
-                "run `llmkern tune` again"
+                f"{self.file} is not a tune file: {name} must be {rule}, got {got!r} "
+                "(`llmkern tune` writes a new one)"
             )
 
 

@@ -315,6 +315,30 @@ def test_measured_sizes_reach_each_other():
     assert all(b <= a * choice.REACH**2 for a, b in zip(lengths, lengths[1:], strict=False))
 
 
+@pytest.fixture
+def card_here(card, monkeypatch):
+    """`llmkern tune` finds a card; every case is measured as if on it."""
+    monkeypatch.setattr(tune.registry, "device_of", torch.device)
+    monkeypatch.setattr(tune, "measure", lambda *_: (_row("cuda", 8, 8), "cuda (made up)"))
+    return card
+
+
+def test_the_command_measures_the_cases_and_writes_the_file(card_here, capsys, monkeypatch):
+    card_here.write_text("broken")
+    words = ["tune", "--dtype", "bf16", "--filter", "layer_norm/rows1024xcols1024", "--forward"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert "bf16/fwd: cuda (made up)" in said.out and f"written to {card_here}" in said.out
+    assert "it is replaced" in said.err
+    written = tuned.read(card_here)
+    assert written.rows == (_row("cuda", 8, 8),) and written.card == CARD
+    assert written.direction == "forward" and tuned.stale(written, CARD) is None
+    monkeypatch.setattr(tune, "measure", lambda *_: (None, "triton: it is a test"))
+    assert cli.main([*words, "--output", str(card_here.with_name("other.json"))]) == 1
+    assert "nothing to choose between" in capsys.readouterr().out
+    assert not card_here.with_name("other.json").exists()
+
+
 @pytest.mark.slow
 def test_counts_of_the_choice_are_those_of_the_kernels():
     run = subprocess.run(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from llmkern import choice, dispatch, tuned
 from llmkern.bench import command, gate, registry, timers
 from llmkern.bench.registry import Case, Step
 from llmkern.bench.suites import tune as suite
-from llmkern.errors import ArgumentError
+from llmkern.errors import ArgumentError, TuneFileError
 
 MARGIN = 0.03  # of the preferred backend's time; less is noise
 BUDGET_S = 0.3  # for each case
@@ -69,11 +70,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def save(file: Path, card: str, direction: str, rows: list[choice.Measured]) -> None:
-    """Write rows, beside those of the file that were not measured again.
-
-    Raises:
-        TuneFileError: there is a file, and it is no tune file.
-    """
+    """Write rows, beside those of the file that were not measured again."""
     new = tuned.Tuned(
         format=tuned.FORMAT,
         llmkern=llmkern.__version__,
@@ -84,7 +81,17 @@ def save(file: Path, card: str, direction: str, rows: list[choice.Measured]) -> 
         direction=direction,
         rows=tuple(rows),
     )
-    tuned.write(file, tuned.merged(tuned.read(file) if file.exists() else None, new))
+    tuned.write(file, tuned.merged(_before(file), new))
+
+
+def _before(file: Path) -> tuned.Tuned | None:
+    if not file.exists():
+        return None
+    try:
+        return tuned.read(file)
+    except TuneFileError as error:  # what was measured just now is worth more
+        print(f"{error}; it is replaced", file=sys.stderr)
+        return None
 
 
 def _triton() -> str | None:
