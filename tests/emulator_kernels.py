@@ -256,7 +256,11 @@ def fp8_e4m3():
     x = torch.randn(256)
     out = torch.empty(256)
     fp8_e4m3_kernel[(1,)](x, out, BLOCK=256)
-    return error_of(out, x.to(torch.float8_e4m3fn).float())
+    half = x.half()  # Triton's way there before sm_100: float16 by truncation, then to the nearest
+    away = half.float().abs() > x.abs()
+    half = torch.where(away, (half.view(torch.int16) - 1).view(torch.float16), half)
+    twice, once = (t.to(torch.float8_e4m3fn).float() for t in (half, x))
+    return error_of(out, torch.where(out == once, once, twice))
 
 
 def printing():

@@ -6,6 +6,7 @@ process by design. Further arguments go to pytest.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,12 +36,12 @@ SELECTION = "not compile and not triton and not cuda"
 
 
 def library(name: str) -> str:
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
     found = subprocess.run(
-        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
     ).stdout.strip()
     if not os.path.isabs(found):
-        sys.exit(f"{compiler} has no {name}: install its sanitizer runtime")
+        sys.exit(f"{shlex.join(compiler)} has no {name}: install its sanitizer runtime")
     return found
 
 
