@@ -195,19 +195,35 @@ class Choice:
 
     def __init__(self, op: str, spec: tuple, backend: str | None) -> None:
         self.op, self.spec, self.backend = op, spec, backend
-        self._kept: tuple = (None, None, None, None)
+        self._kept: tuple = (None, None, None, None, None)
 
     def module(self) -> ModuleType:
         """The backend module that serves the call now."""
+        return self._now()[3]
+
+    def forward(self) -> Callable:
+        """`module().forward` for this spec, less the spec: what its `bind(spec)` gives where the
+        backend has one, which need not look at the spec again at each call."""
+        kept = self._kept  # as in _now
+        if kept[0] is _settings.get() and kept[1] == target.emulated() and kept[2] is _choices:
+            return kept[4]
+        return self._now()[4]
+
+    def _now(self) -> tuple:
         settings, emulated = _settings.get(), target.emulated()
         kept = self._kept  # one tuple: other threads, with other settings, replace it whole
         if kept[0] is settings and kept[1] == emulated and kept[2] is _choices:
-            return kept[3]
+            return kept
         module = resolve(self.op, self.spec, self.backend)
+        if hasattr(module, "bind"):
+            forward = module.bind(self.spec)
+        else:
+            forward = functools.partial(module.forward, self.spec)
         key = (self.op, self.spec, self.backend, settings.preferred, emulated)
+        kept = (settings, emulated, _choices, module, forward)
         if settings.records is None and _choices.get(key) is module:
-            self._kept = (settings, emulated, _choices, module)
-        return module
+            self._kept = kept
+        return kept
 
 
 def foresee(op: str, describe: Callable[[], tuple], backend: str | None) -> None:

@@ -9,6 +9,7 @@ from llmkern.ops.attention import (
 from llmkern.ops.dropout import dropout
 from llmkern.ops.linear import linear, linear_gated
 from llmkern.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmkern.ops.norm import repeat as repeat_norm  # noqa: F401 (for nn, not for users)
 
 __all__ = [
     "add_layer_norm",

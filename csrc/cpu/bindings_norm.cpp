@@ -3,20 +3,13 @@
 namespace llmkern {
 namespace {
 
-// (dtype, x_dtype, weight_dtype, rows, cols, eps, rms, unit_offset, drop_threshold), made once for
-// a spec by backends/cpu/norm.py.
-NormShape shape_of(const py::tuple& t, uintptr_t seed) {
-  return {static_cast<DType>(t[0].cast<int>()),
-          static_cast<DType>(t[1].cast<int>()),
-          static_cast<DType>(t[2].cast<int>()),
-          t[3].cast<int64_t>(),
-          t[4].cast<int64_t>(),
-          t[5].cast<double>(),
-          t[6].cast<bool>(),
-          t[7].cast<bool>(),
-          t[8].cast<uint32_t>(),
-          pointer<const int64_t>(seed)};
+NormShape with_seed(NormShape s, uintptr_t seed) {
+  s.seed = pointer<const int64_t>(seed);
+  return s;
 }
+
+// A call of a microsecond: giving the interpreter away and taking it back would show.
+bool brief(const NormShape& s) { return s.rows * s.cols <= 4096; }
 
 // Statistics are [mean, rstd] x rows, or [rstd] x rows for RMSNorm: where each starts. Address 0:
 // there are none.
@@ -33,10 +26,25 @@ struct Statistics {
 }  // namespace
 
 void bind_norm(py::module_& m) {
-  m.def("norm_fwd", [](const py::tuple& shape, uintptr_t seed, uintptr_t x, int64_t x_stride,
+  // Made once for a spec by backends/cpu/norm.py: a tuple would be taken apart at each call.
+  py::class_<NormShape>(m, "NormShape")
+      .def(py::init([](int dtype, int x_dtype, int weight_dtype, int64_t rows, int64_t cols,
+                       double eps, bool rms, bool unit_offset, uint32_t drop_threshold) {
+        return NormShape{static_cast<DType>(dtype),
+                         static_cast<DType>(x_dtype),
+                         static_cast<DType>(weight_dtype),
+                         rows,
+                         cols,
+                         eps,
+                         rms,
+                         unit_offset,
+                         drop_threshold,
+                         nullptr};
+      }));
+  m.def("norm_fwd", [](const NormShape& shape, uintptr_t seed, uintptr_t x, int64_t x_stride,
                        uintptr_t residual, int64_t residual_stride, uintptr_t weight,
                        uintptr_t bias, uintptr_t z, uintptr_t y, uintptr_t statistics) {
-    const NormShape s = shape_of(shape, seed);
+    const NormShape s = with_seed(shape, seed);
     const Statistics stats(s, statistics);
     const NormFwdArgs a{s,
                         pointer(x),
@@ -49,14 +57,15 @@ void bind_norm(py::module_& m) {
                         pointer(y),
                         stats.mean,
                         stats.rstd};
+    if (brief(s)) return table().norm_fwd(a);
     py::gil_scoped_release release;
     table().norm_fwd(a);
   });
   m.def("norm_bwd",
-        [](const py::tuple& shape, uintptr_t seed, uintptr_t z, int64_t z_stride, uintptr_t weight,
+        [](const NormShape& shape, uintptr_t seed, uintptr_t z, int64_t z_stride, uintptr_t weight,
            uintptr_t statistics, uintptr_t dy, int64_t dy_stride, uintptr_t dz, uintptr_t dx,
            uintptr_t dresidual, uintptr_t dweight, uintptr_t dbias, uintptr_t scratch) {
-          const NormShape s = shape_of(shape, seed);
+          const NormShape s = with_seed(shape, seed);
           const Statistics stats(s, statistics);
           const NormBwdArgs a{s,
                               pointer(z),
@@ -72,6 +81,7 @@ void bind_norm(py::module_& m) {
                               pointer(dweight),
                               pointer(dbias),
                               pointer(scratch)};
+          if (brief(s)) return table().norm_bwd(a);
           py::gil_scoped_release release;
           table().norm_bwd(a);
         });

@@ -1,6 +1,8 @@
 // Loops over a row of any length on vectors: whole ones, then one masked tail.
 #pragma once
 
+#include <type_traits>
+
 #include "simd/vec.h"
 
 namespace llmkern {
@@ -14,6 +16,17 @@ __attribute__((flatten)) static inline void for_columns(int64_t cols, const F& f
   int64_t j = 0;
   for (; j + kLanes <= cols; j += kLanes) f(j, kLanes);
   if (j < cols) f(j, static_cast<int>(cols - j));
+}
+
+// The same in groups: f(j, lanes, count) with count = std::integral_constant<int, kGroup> for that
+// many whole vectors from j on, else <int, 1>.
+template <int kLanes, int kGroup, class F>
+__attribute__((flatten)) static inline void for_column_groups(int64_t cols, const F& f) {
+  int64_t j = 0;
+  for (; j + kGroup * kLanes <= cols; j += kGroup * kLanes)
+    f(j, kLanes, std::integral_constant<int, kGroup>{});
+  for (; j + kLanes <= cols; j += kLanes) f(j, kLanes, std::integral_constant<int, 1>{});
+  if (j < cols) f(j, static_cast<int>(cols - j), std::integral_constant<int, 1>{});
 }
 
 template <class V, class T>

@@ -100,8 +100,12 @@ void activation_fwd(const ActivationFwdArgs& a) {
       for_spans(a.rows, a.cols, [&](int64_t row, int64_t first, int64_t n) {
         const T* x = static_cast<const T*>(a.x) + row * a.x_stride + first;
         T* y = static_cast<T*>(a.y) + row * a.y_stride + first;
-        for_columns<V::kLanes>(n, [&](int64_t j, int lanes) {
-          store(y + j, activate<decltype(tag)::value>(load<V>(x + j, lanes)), lanes);
+        for_column_groups<V::kLanes, kActivationGroup>(n, [&](int64_t j, int lanes, auto count) {
+          constexpr int kCount = decltype(count)::value;
+          V v[kCount];
+          for (int i = 0; i < kCount; ++i) v[i] = load<V>(x + j + i * V::kLanes, lanes);
+          activate<decltype(tag)::value>(v);
+          for (int i = 0; i < kCount; ++i) store(y + j + i * V::kLanes, v[i], lanes);
         });
       });
     });
@@ -117,10 +121,15 @@ void activation_bwd(const ActivationBwdArgs& a) {
         const T* x = static_cast<const T*>(a.x) + row * a.x_stride + first;
         const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride + first;
         T* dx = static_cast<T*>(a.dx) + row * a.cols + first;
-        for_columns<V::kLanes>(n, [&](int64_t j, int lanes) {
-          const V d =
-              activate_grad<decltype(tag)::value>(load<V>(x + j, lanes), load<V>(dy + j, lanes));
-          store(dx + j, d, lanes);
+        for_column_groups<V::kLanes, kActivationGroup>(n, [&](int64_t j, int lanes, auto count) {
+          constexpr int kCount = decltype(count)::value;
+          V at[kCount], d[kCount];
+          for (int i = 0; i < kCount; ++i) {
+            at[i] = load<V>(x + j + i * V::kLanes, lanes);
+            d[i] = load<V>(dy + j + i * V::kLanes, lanes);
+          }
+          activate_grad<decltype(tag)::value>(at, d);
+          for (int i = 0; i < kCount; ++i) store(dx + j + i * V::kLanes, d[i], lanes);
         });
       });
     });

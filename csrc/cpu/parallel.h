@@ -27,8 +27,8 @@ static inline void parallel_for(int64_t tasks, const F& f) {
 // f(begin, end) over [0, n) in one contiguous range a thread, none shorter than grain.
 template <class F>
 static inline void parallel_ranges(int64_t n, int64_t grain, const F& f) {
-  int64_t ranges = max_threads();
-  if (grain > 0 && ranges > n / grain) ranges = n / grain;
+  int64_t ranges = grain > 0 ? n / grain : n;  // asking OpenMP takes longer than a small call
+  if (ranges > 1 && ranges > max_threads()) ranges = max_threads();
   if (ranges <= 1) {
     if (n > 0) f(int64_t{0}, n);
     return;

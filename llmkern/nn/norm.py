@@ -13,6 +13,15 @@ class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm on `llmkern.functional.layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            found = self._parameters  # without those that a parametrization computes
+            if "weight" in found and "bias" in found:
+                weight, bias = found["weight"], found["bias"]
+                y = functional.repeat_norm(
+                    "layer_norm", input, self.normalized_shape, weight, bias, self.eps
+                )
+                if y is not None:
+                    return y
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
         if dispatch.unserved(input, weight, bias):
             return super().forward(input)
@@ -26,6 +35,11 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch.nn.RMSNorm on `llmkern.functional.rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and "weight" in self._parameters:
+            weight = self._parameters["weight"]
+            y = functional.repeat_norm("rms_norm", x, self.normalized_shape, weight, None, self.eps)
+            if y is not None:
+                return y
         weight = parameter(self, "weight")
         if dispatch.unserved(x, weight) or promotes(x, weight):
             return super().forward(x)

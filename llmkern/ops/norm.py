@@ -6,20 +6,25 @@ Ba et al., "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square La
 The pattern of every op whose calls must cost little. A plain eager call looks its plan up by
 signature (ops/library.py); only a new signature is checked and described. Backends get the spec
 and give None, not an empty tensor, for what is not wanted; all statistics are one tensor.
-Function.apply gets the tensors and the plan, nothing else. Whatever is not plain eager goes through
-torch.ops.llmkern.norm, which needs tensors everywhere: _dense turns None into an empty one.
+Function.apply gets the tensors and the plan, or the tensors alone. Whatever is not plain eager goes
+through torch.ops.llmkern.norm, which needs tensors everywhere: _dense turns None into an empty one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
-from llmkern import checks, dispatch, numerics, random
+from llmkern import dispatch, numerics, random
 from llmkern.backends.reference import norm as reference
-from llmkern.errors import ArgumentError, BackendError, ShapeError
+from llmkern.errors import BackendError
 from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
+from llmkern.ops.norm_checks import check
 from llmkern.specs import NormSpec
 
 
@@ -131,6 +136,7 @@ class _Plan(NamedTuple):
     prenorm: bool
     dims: tuple[int, ...]  # of weight and bias
     float_residual: bool  # residual is 16-bit and input is not: the sum is computed in float32
+    apply: Callable | None = None  # (x, weight, bias) -> y under autograd; None with a residual
 
 
 _plans = Plans()
@@ -161,6 +167,8 @@ def _norm(
     if plan is None:
         plan = _plan(op, x, residual, weight, bias, *options)
         if tensors is not None:
+            if residual is None:
+                plan = plan._replace(apply=_recorded(plan.spec, plan.choice, plan.dims))
             _plans.remember(key, plan)
     spec = plan.spec
     # Outside the CPU, autocast runs norms in float32, as torch's do.
@@ -178,10 +186,58 @@ def _norm(
                                          unit_offset, dropout_p, keep_z, backend)  # fmt: skip
         return (y, z) if prenorm else y
     if not plan.grad:
-        y, z, _ = plan.choice.module().forward(spec, x, residual, weight, bias, seed)
+        y, z, _ = plan.choice.forward()(x, residual, weight, bias, seed)
         return (y, z) if prenorm else y
-    result = _apply(x, residual, weight, bias, seed, plan)
-    return result[0] if spec.add and not prenorm else result
+    if plan.apply is not None:
+        return plan.apply(x, weight, bias)
+    y, z = _apply_add(x, residual, weight, bias, seed, plan)
+    return (y, z) if prenorm else y
+
+
+_KINDS, _strided = frozenset((Tensor, Parameter)), torch.strided
+_repeats = Plans()  # as _plans, under keys that take less time to make
+
+
+def repeat(
+    op: str,
+    x: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+) -> Tensor | None:
+    """A plain norm on the CPU that was called with such arguments before, past every question that
+    the earlier call has answered; None where there was none, or someone may be looking on.
+
+    The way in for modules, which ask it before anything else; not while something is compiled.
+    """
+    if _len_torch_function_stack() or _len_torch_dispatch_stack() or _is_tracing():
+        return None
+    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return None
+    w, b = x if weight is None else weight, x if bias is None else bias
+    # ops.library.signature, written out and for the CPU.
+    if type(x) not in _KINDS or type(w) not in _KINDS or type(b) not in _KINDS:
+        return None
+    if not (x.is_cpu and w.is_cpu and b.is_cpu) or x.is_neg() or w.is_neg() or b.is_neg():
+        return None
+    if x.layout is not _strided or w.layout is not _strided or b.layout is not _strided:
+        return None
+    try:
+        key = (op, normalized_shape, eps, weight is None, bias is None,
+               x.shape, x.dtype, w.shape, w.dtype, b.shape, b.dtype)  # fmt: skip
+    except RuntimeError:  # a nested tensor has no shape
+        return None
+    plan = _repeats.get(key)
+    if plan is None:
+        options = (normalized_shape, eps, op == "rms_norm", False, 0.0, False, None)
+        plan = _plans.get((op, signature(x, None, weight, bias), options))
+        if plan is None or not dispatch.has_fused("cpu"):
+            return None
+        _repeats.remember(key, plan)
+    if is_grad_enabled() and (x.requires_grad or w.requires_grad or b.requires_grad):
+        return plan.apply(x, weight, bias)
+    return plan.choice.forward()(x, None, weight, bias, None)[0]
 
 
 def _in_float32(op, x, residual, weight, bias, *options) -> Tensor | tuple[Tensor, Tensor]:
@@ -198,7 +254,7 @@ def _plan(
     backend
 ) -> _Plan:  # fmt: skip
     """Check every argument, then describe the call."""
-    cols = _check(op, x, residual, normalized_shape, weight, bias, eps, dropout_p)
+    cols = check(op, x, residual, normalized_shape, weight, bias, eps, dropout_p)
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     dims = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
@@ -213,57 +269,6 @@ def _plan(
     return _Plan(spec, choice, grad, prenorm, dims, float_residual)
 
 
-def _check(op, x, residual, normalized_shape, weight, bias, eps, dropout_p) -> int:
-    """Raise on bad arguments; return the number of normalised elements of a row."""
-    checks.tensor(op, "input", x)
-    checks.floating(op, "input", x)
-    if isinstance(normalized_shape, int):
-        normalized_shape = (normalized_shape,)
-    shape = list(normalized_shape)
-    if not shape or list(x.shape[-len(shape) :]) != shape:
-        raise ShapeError(
-            f"{op}: input must end in normalized_shape {shape}, got {list(x.shape)}"
-            if shape
-            else f"{op}: normalized_shape must have at least one dim, got []"
-        )
-    if eps is not None and not eps >= 0.0:
-        raise ArgumentError(f"{op}: eps must be >= 0, got {eps}")
-    checks.probability(op, "dropout_p", dropout_p)
-    dtype = _check_residual(op, x, residual) if op.startswith("add_") else x.dtype
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        checks.tensor(op, name, value)
-        checks.shape(op, name, value, shape, "normalized_shape of input")
-        checks.same_device(op, name, value, x)
-        if value.dtype != dtype:
-            half = dtype in (torch.bfloat16, torch.float16)
-            allowed = (dtype, torch.float32) if half else (dtype,)
-            checks.dtype_in(op, name, value, allowed, "the output's, or float32 with a 16-bit one")
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        checks.dtype_in(op, "bias", bias, (weight.dtype,), "as weight")
-    cols = 1
-    for size in shape:
-        cols *= size
-    return cols
-
-
-def _check_residual(op: str, x: Tensor, residual: Tensor) -> torch.dtype:
-    """The dtype of the sum."""
-    checks.tensor(op, "residual", residual)
-    checks.floating(op, "residual", residual)
-    checks.shape(op, "residual", residual, x.shape, "the shape of input")
-    checks.same_device(op, "residual", residual, x)
-    if residual.dtype == x.dtype:
-        return x.dtype
-    half = (torch.bfloat16, torch.float16)
-    allowed = (x.dtype, torch.float32) if x.dtype in half else (x.dtype,)
-    if x.dtype == torch.float32:
-        allowed = (torch.float32, *half)
-    checks.dtype_in(op, "residual", residual, allowed, "input's, or float32 beside a 16-bit one")
-    return torch.float32
-
-
 def _spec(x, residual, weight, bias, cols, eps, rms, unit_offset, dropout_p, keep_z) -> NormSpec:
     affine = weight if weight is not None else bias
     rows = x.numel() // cols if cols else x.shape[:1].numel()
@@ -272,41 +277,67 @@ def _spec(x, residual, weight, bias, cols, eps, rms, unit_offset, dropout_p, kee
                     rms, unit_offset, residual is not None, dropout_p, keep_z, x.dtype)  # fmt: skip
 
 
-class _NormFunction(torch.autograd.Function):
+def _recorded(spec: NormSpec, choice: dispatch.Choice, dims: tuple[int, ...]) -> Callable:
+    """(x, weight, bias) -> y under autograd: a Function of the plan's own, since each argument of
+    apply and each attribute of ctx costs a call of microseconds a tenth of one."""
+
+    class NormFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            y, _, statistics = choice.forward()(x, None, weight, bias, None)
+            ctx.save_for_backward(x, weight, statistics)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, weight, statistics = ctx.saved_tensors
+            dx, _, dweight, dbias = _gradients(
+                spec, choice, dims, dy, None, x, weight, statistics, None, ctx.needs_input_grad
+            )
+            return dx, dweight, dbias
+
+    return direct_apply(NormFunction)
+
+
+class _AddNormFunction(torch.autograd.Function):
+    """(y, z). z is an output even where the caller does not see it: saved, it keeps its place in
+    the graph, which the second derivative needs."""
+
     @staticmethod
     def forward(ctx, x, residual, weight, bias, seed, plan):
-        spec = plan.spec
-        module = plan.choice.module()
-        y, z, statistics = module.forward(spec, x, residual, weight, bias, seed)
+        y, z, statistics = plan.choice.forward()(x, residual, weight, bias, seed)
         ctx.plan = plan
-        if not spec.add:
-            ctx.save_for_backward(x, weight, statistics, None)
-            return y
-        # z is an output even where the caller does not see it: saved, it keeps its place in the
-        # graph, which the second derivative needs.
         ctx.save_for_backward(z, weight, statistics, seed)
         ctx.set_materialize_grads(False)
         return y, z
 
     @staticmethod
-    def backward(ctx, dy, dz=None):
+    def backward(ctx, dy, dz):
         z, weight, statistics, seed = ctx.saved_tensors
         if dy is None:
             if dz is None:
                 return (None,) * 6
             dy = torch.zeros_like(z)
-        spec, need = ctx.plan.spec, ctx.needs_input_grad
+        need = ctx.needs_input_grad
         wants = (need[0] or need[1], need[2], need[3])
-        if torch.is_grad_enabled():
-            gradients = _differentiable(spec, dy, dz, z, weight, seed, wants)
-        else:
-            module, dy = ctx.plan.choice.module(), dy.resolve_neg()
-            dz = None if dz is None else dz.resolve_neg()
-            gradients = module.backward(spec, dy, dz, z, weight, statistics, seed, wants)
-        return (*_as_inputs(gradients, spec.add, ctx.plan.dims), None, None)
+        spec, choice, dims = ctx.plan.spec, ctx.plan.choice, ctx.plan.dims
+        gradients = _gradients(spec, choice, dims, dy, dz, z, weight, statistics, seed, wants)
+        return (*gradients, None, None)
 
 
-_apply = direct_apply(_NormFunction)
+def _gradients(spec, choice, dims, dy, dz, z, weight, statistics, seed, wants):
+    """(dx, dresidual, dweight, dbias) of either Function."""
+    if torch.is_grad_enabled():
+        gradients = _differentiable(spec, dy, dz, z, weight, seed, wants)
+    else:
+        dy = dy.resolve_neg()
+        dz = None if dz is None else dz.resolve_neg()
+        module = choice.module()
+        gradients = module.backward(spec, dy, dz, z, weight, statistics, seed, wants)
+    return _as_inputs(gradients, spec.add, dims)
+
+
+_apply_add = direct_apply(_AddNormFunction)
 
 
 def _as_inputs(gradients, add, dims):

@@ -138,19 +138,22 @@ void check(Buffers<T>* t, const Case& c, DType dtype, double tolerance) {
   strides_of(c.a_layout, c.m, c.k, s.a_stride);
   for (int part = 0; part < 2; ++part) {
     strides_of(c.b_layout, c.n, c.k, s.b_stride[part]);
-    fill(t->b[part], kMost, 2 + part);
-    fill(t->bias[part], 1024, 4 + part);
+    fill(t->b[part], 2 * c.n * c.k, 2 + part);
+    fill(t->bias[part], c.n, 4 + part);
   }
-  fill(t->a, kMost, 1);
-  fill(t->residual, kMost, 6);
-  for (int64_t i = 0; i < kMost; ++i) put(t->y + i, Compute<T>(77));
-  for (Compute<T>& x : t->scratch) x = static_cast<Compute<T>>(NAN);
+  // What a case uses and no more: filling all of it took longer than the products.
+  fill(t->a, 2 * c.m * c.k, 1);
+  fill(t->residual, c.m * c.n, 6);
+  for (int64_t i = 0; i <= c.m * c.n; ++i) put(t->y + i, Compute<T>(77));
   int64_t bytes = 0;
   gemm_scratch({s, &bytes});
   if (bytes > static_cast<int64_t>(sizeof(t->scratch))) {
     fail("scratch", static_cast<double>(c.k), static_cast<double>(bytes), sizeof(t->scratch));
     return;
   }
+  const int64_t behind = 1024, values = bytes / static_cast<int64_t>(sizeof(Compute<T>)) + behind;
+  for (int64_t i = 0; i < values && i < int64_t{1} << 20; ++i)
+    t->scratch[i] = static_cast<Compute<T>>(NAN);
   const LinearEpilogue e{c.activation,
                          {c.bias ? t->bias[0] : nullptr, c.bias ? t->bias[1] : nullptr},
                          {c.preact ? t->preact[0] : nullptr, c.preact ? t->preact[1] : nullptr},

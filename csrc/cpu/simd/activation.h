@@ -3,6 +3,9 @@
 //   activate<A>(x)           f(x)
 //   activate_grad<A>(x, dy)  dy * f'(x)
 //
+// and both on arrays of vectors, step by step side by side: 4 are a fifth faster than one after the
+// other (Zen 3, 2026-11-22), whose chain of 25 dependent operations fills the scheduler.
+//
 // float: errors below 8 ulp (of 0.02 for smaller results, of 0.5 for derivatives; measured by
 // tests/simd/check_math.cpp), and relative accuracy far down the negative tail, where
 // x/2 * (1 + erf) would cancel. Limits hold at +-inf (at -inf -0, not NaN), no finite input gives
@@ -29,14 +32,18 @@ struct Complements {
 };
 
 // 1 / (1 + e^-x) and its complement, from e^-|x| alone, which cannot overflow.
-template <class V>
-LLMKERN_INLINE Complements<V> sigmoid(V x) {
+template <int N, class V>
+LLMKERN_INLINE void sigmoid(const V (&x)[N], Complements<V> (&s)[N]) {
   const V one = V::set1(1);
-  const V e = exp_nonpositive(V::neg(V::abs(x)));
-  const V large = one / (one + e);
-  const V small = e * large;
-  const auto positive = V::lt(V::zero(), x);
-  return {V::select(positive, large, small), V::select(positive, small, large)};
+  V e[N], large[N];
+  for (int i = 0; i < N; ++i) e[i] = V::neg(V::abs(x[i]));
+  exp_nonpositive(e);
+  for (int i = 0; i < N; ++i) large[i] = one / (one + e[i]);
+  for (int i = 0; i < N; ++i) {
+    const V small = e[i] * large[i];
+    const auto positive = V::lt(V::zero(), x[i]);
+    s[i] = {V::select(positive, large[i], small), V::select(positive, small, large[i])};
+  }
 }
 
 // Phi(x) and, if wanted, the density e^(-x^2/2) / sqrt(2 pi). |x| <= 14, where 1 - Phi < 2^-126.
@@ -44,33 +51,51 @@ LLMKERN_INLINE Complements<V> sigmoid(V x) {
 // 1 - Phi(t) = e^(-t^2/2) * R(t) for t >= 0, R the Mills ratio over sqrt(2 pi) as a rational of
 // degree 4 over 5: minimax in relative error on [0, 13.3], 2.4e-8 with these coefficients. All
 // coefficients are positive, so nothing cancels.
-LLMKERN_INLINE VecF normal_cdf(VecF x, VecF* density = nullptr) {
-  const VecF t = VecF::abs(x), half = VecF::set1(0.5f) * t;
+template <int N>
+LLMKERN_INLINE void normal_cdf(const VecF (&x)[N], VecF (&cdf)[N], VecF* density = nullptr) {
+  VecF t[N], e[N], rest[N], p[N], q[N];
+  for (int i = 0; i < N; ++i) t[i] = VecF::abs(x[i]);
   // t^2/2 = square + rest; without the rest the relative error of e^-square grows with t^2.
-  const VecF square = half * t, rest = VecF::fma(half, t, VecF::neg(square));
-  VecF e = exp_nonpositive(VecF::neg(square));
-  e = VecF::fnma(e, rest, e);
-  VecF p = VecF::set1(4.02016597e-3f);
-  p = VecF::fma(p, t, VecF::set1(3.99840139e-2f));
-  p = VecF::fma(p, t, VecF::set1(1.81306299e-1f));
-  p = VecF::fma(p, t, VecF::set1(4.35685714e-1f));
-  p = VecF::fma(p, t, VecF::set1(0.5f));
-  VecF q = VecF::set1(1.00769185e-2f);
-  q = VecF::fma(q, t, VecF::set1(1.00232441e-1f));
-  q = VecF::fma(q, t, VecF::set1(4.64379117e-1f));
-  q = VecF::fma(q, t, VecF::set1(1.19448233e+0f));
-  q = VecF::fma(q, t, VecF::set1(1.66925635e+0f));
-  q = VecF::fma(q, t, VecF::set1(1.0f));
-  const VecF upper = e * p / q;
-  if (density) *density = e * VecF::set1(0.398942280f);
-  return VecF::select(VecF::lt(VecF::zero(), x), VecF::set1(1.0f) - upper, upper);
+  for (int i = 0; i < N; ++i) {
+    const VecF half = VecF::set1(0.5f) * t[i], square = half * t[i];
+    e[i] = VecF::neg(square);
+    rest[i] = VecF::fma(half, t[i], e[i]);
+  }
+  const auto step = [&](VecF(&r)[N], float c) {
+    for (int i = 0; i < N; ++i) r[i] = VecF::fma(r[i], t[i], VecF::set1(c));
+  };
+  for (int i = 0; i < N; ++i) {
+    p[i] = VecF::set1(4.02016597e-3f);
+    q[i] = VecF::set1(1.00769185e-2f);
+  }
+  step(p, 3.99840139e-2f);
+  step(q, 1.00232441e-1f);
+  step(p, 1.81306299e-1f);
+  step(q, 4.64379117e-1f);
+  step(p, 4.35685714e-1f);
+  step(q, 1.19448233e+0f);
+  step(p, 0.5f);
+  step(q, 1.66925635e+0f);
+  step(q, 1.0f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] / q[i];
+  exp_nonpositive(e);
+  for (int i = 0; i < N; ++i) e[i] = VecF::fnma(e[i], rest[i], e[i]);
+  for (int i = 0; i < N; ++i) {
+    const VecF upper = e[i] * p[i];
+    if (density) density[i] = e[i] * VecF::set1(0.398942280f);
+    cdf[i] = VecF::select(VecF::lt(VecF::zero(), x[i]), VecF::set1(1.0f) - upper, upper);
+  }
 }
 
-static inline VecD normal_cdf(VecD x, VecD* density = nullptr) {
-  if (density)
-    *density =
-        lanewise(x, [](double t) { return 0.39894228040143267794 * std::exp(-0.5 * t * t); });
-  return lanewise(x, [](double t) { return 0.5 * std::erfc(-0.70710678118654752440 * t); });
+template <int N>
+static inline void normal_cdf(const VecD (&x)[N], VecD (&cdf)[N], VecD* density = nullptr) {
+  for (int i = 0; i < N; ++i) {
+    if (density) {
+      density[i] =
+          lanewise(x[i], [](double t) { return 0.39894228040143267794 * std::exp(-0.5 * t * t); });
+    }
+    cdf[i] = lanewise(x[i], [](double t) { return 0.5 * std::erfc(-0.70710678118654752440 * t); });
+  }
 }
 
 // Beyond these |x| the function and its derivative are at their limits (results below the normal
@@ -87,48 +112,80 @@ struct Limits<VecD> {
 // gelu_tanh(x) = x * sigmoid(u(x)) with u = 2 sqrt(2/pi) (x + 0.044715 x^3) = x (a + b x^2).
 constexpr double kGeluTanhA = 1.59576912160573071176, kGeluTanhB = 0.07135481627260025;
 
-template <Activation kActivation, class V>
-LLMKERN_INLINE V activate(V x) {
+constexpr int kActivationGroup = 4;
+
+template <Activation kActivation, int N, class V>
+LLMKERN_INLINE void activate(V (&x)[N]) {
   using S = typename V::Scalar;
   if constexpr (kActivation == Activation::kRelu) {
-    return V::max(V::zero(), x);
+    for (int i = 0; i < N; ++i) x[i] = V::max(V::zero(), x[i]);
   } else if constexpr (kActivation == Activation::kGelu) {
-    return V::max(V::set1(S(-Limits<V>::kGelu)), x) *
-           normal_cdf(clamp_magnitude(x, Limits<V>::kGelu));
+    V c[N], cdf[N];
+    for (int i = 0; i < N; ++i) c[i] = clamp_magnitude(x[i], Limits<V>::kGelu);
+    normal_cdf(c, cdf);
+    for (int i = 0; i < N; ++i) x[i] = V::max(V::set1(S(-Limits<V>::kGelu)), x[i]) * cdf[i];
   } else if constexpr (kActivation == Activation::kGeluTanh) {
-    const V c = clamp_magnitude(x, Limits<V>::kGelu);
-    const V u = c * V::fma(c * c, V::set1(S(kGeluTanhB)), V::set1(S(kGeluTanhA)));
-    return V::max(V::set1(S(-Limits<V>::kGelu)), x) * sigmoid(u).p;
+    V u[N];
+    Complements<V> s[N];
+    for (int i = 0; i < N; ++i) {
+      const V c = clamp_magnitude(x[i], Limits<V>::kGelu);
+      u[i] = c * V::fma(c * c, V::set1(S(kGeluTanhB)), V::set1(S(kGeluTanhA)));
+    }
+    sigmoid(u, s);
+    for (int i = 0; i < N; ++i) x[i] = V::max(V::set1(S(-Limits<V>::kGelu)), x[i]) * s[i].p;
   } else if constexpr (kActivation == Activation::kSilu) {
-    return V::max(V::set1(S(-Limits<V>::kSilu)), x) * sigmoid(x).p;
-  } else {
-    return x;
+    Complements<V> s[N];
+    sigmoid(x, s);
+    for (int i = 0; i < N; ++i) x[i] = V::max(V::set1(S(-Limits<V>::kSilu)), x[i]) * s[i].p;
+  }
+}
+
+template <Activation kActivation, class V>
+LLMKERN_INLINE V activate(V x) {
+  V one[1] = {x};
+  activate<kActivation>(one);
+  return one[0];
+}
+
+// dy[i] becomes the gradient of x[i].
+template <Activation kActivation, int N, class V>
+LLMKERN_INLINE void activate_grad(const V (&x)[N], V (&dy)[N]) {
+  using S = typename V::Scalar;
+  const V one = V::set1(1);
+  if constexpr (kActivation == Activation::kRelu) {
+    for (int i = 0; i < N; ++i) dy[i] = V::select(V::le(x[i], V::zero()), V::zero(), dy[i]);
+  } else if constexpr (kActivation == Activation::kGelu) {
+    V c[N], cdf[N], density[N];
+    for (int i = 0; i < N; ++i) c[i] = clamp_magnitude(x[i], Limits<V>::kGelu);
+    normal_cdf(c, cdf, density);
+    for (int i = 0; i < N; ++i) dy[i] = dy[i] * V::fma(c[i], density[i], cdf[i]);
+  } else if constexpr (kActivation == Activation::kGeluTanh) {
+    V c[N], u[N];
+    Complements<V> s[N];
+    for (int i = 0; i < N; ++i) {
+      c[i] = clamp_magnitude(x[i], Limits<V>::kGelu);
+      u[i] = c[i] * V::fma(c[i] * c[i], V::set1(S(kGeluTanhB)), V::set1(S(kGeluTanhA)));
+    }
+    sigmoid(u, s);
+    for (int i = 0; i < N; ++i) {
+      const V slope = V::fma(c[i] * c[i], V::set1(S(3 * kGeluTanhB)), V::set1(S(kGeluTanhA)));
+      dy[i] = dy[i] * (s[i].p * V::fma(c[i] * slope, s[i].q, one));
+    }
+  } else if constexpr (kActivation == Activation::kSilu) {
+    V c[N];
+    Complements<V> s[N];
+    for (int i = 0; i < N; ++i) c[i] = clamp_magnitude(x[i], Limits<V>::kSilu);
+    sigmoid(c, s);
+    for (int i = 0; i < N; ++i) dy[i] = dy[i] * (s[i].p * V::fma(c[i], s[i].q, one));
   }
 }
 
 template <Activation kActivation, class V>
 LLMKERN_INLINE V activate_grad(V x, V dy) {
-  using S = typename V::Scalar;
-  const V one = V::set1(1);
-  if constexpr (kActivation == Activation::kRelu) {
-    return V::select(V::le(x, V::zero()), V::zero(), dy);
-  } else if constexpr (kActivation == Activation::kGelu) {
-    const V c = clamp_magnitude(x, Limits<V>::kGelu);
-    V density;
-    const V cdf = normal_cdf(c, &density);
-    return dy * V::fma(c, density, cdf);
-  } else if constexpr (kActivation == Activation::kGeluTanh) {
-    const V c = clamp_magnitude(x, Limits<V>::kGelu), square = c * c;
-    const auto s = sigmoid(c * V::fma(square, V::set1(S(kGeluTanhB)), V::set1(S(kGeluTanhA))));
-    const V slope = V::fma(square, V::set1(S(3 * kGeluTanhB)), V::set1(S(kGeluTanhA)));
-    return dy * (s.p * V::fma(c * slope, s.q, one));
-  } else if constexpr (kActivation == Activation::kSilu) {
-    const V c = clamp_magnitude(x, Limits<V>::kSilu);
-    const auto s = sigmoid(c);
-    return dy * (s.p * V::fma(c, s.q, one));
-  } else {
-    return dy;
-  }
+  const V at[1] = {x};
+  V gradient[1] = {dy};
+  activate_grad<kActivation>(at, gradient);
+  return gradient[0];
 }
 
 }  // namespace LLMKERN_ISA

@@ -1,6 +1,7 @@
 """LayerNorm and RMSNorm: csrc/cpu/norm.cpp."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,25 +19,20 @@ def supports(spec: NormSpec) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _described(spec: NormSpec) -> tuple[tuple, torch.dtype]:
-    """The leading argument of the bindings, and the dtype of statistics; None where there are
-    none: for few elements, computing them again is cheaper than one more tensor."""
+def _shape(spec: NormSpec) -> object:
+    """The bindings' form of a spec."""
     code = DTYPE_CODES[spec.dtype]
     weight_code = code if spec.weight_dtype is None else DTYPE_CODES[spec.weight_dtype]
     threshold = random.threshold(spec.dropout_p) if spec.dropout_p else 0
-    shape = (code, DTYPE_CODES[spec.x_dtype], weight_code, spec.rows, spec.cols, spec.eps, spec.rms,
-             spec.unit_offset, threshold)  # fmt: skip
-    keep = spec.keep_statistics or spec.rows * spec.cols > _FEW_ELEMENTS
-    return shape, numerics.compute_dtype(spec.dtype) if keep else None
+    return _ext.load().module.NormShape(
+        code, DTYPE_CODES[spec.x_dtype], weight_code, spec.rows, spec.cols, spec.eps, spec.rms,
+        spec.unit_offset, threshold,
+    )  # fmt: skip
 
 
-def _address(t: Tensor | None) -> tuple[Tensor | None, int]:
-    """A contiguous form of `t`, to be kept alive during the call, and its address; 0 for None."""
-    if t is None:
-        return None, 0
-    if not t.is_contiguous():
-        t = t.contiguous()
-    return t, t.data_ptr()
+def _keeps_statistics(spec: NormSpec) -> bool:
+    """For few elements, computing them again is cheaper than one more tensor."""
+    return spec.keep_statistics or spec.rows * spec.cols > _FEW_ELEMENTS
 
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,34 +50,53 @@ def forward(
     bias: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    rows = spec.rows
-    shape, statistics_dtype = _described(spec)
-    x_rows, x_stride = rows_of(x, rows, spec.cols)
-    residual_rows, residual_stride = None, 0
-    if residual is not None:
-        residual_rows, residual_stride = rows_of(residual, rows, spec.cols)
-    weight, weight_address = _address(weight)
-    bias, bias_address = _address(bias)
+    rows, cols = spec.rows, spec.cols
     y = _empty(x, spec.dtype)
+    x, x_stride = rows_of(x, rows, cols)
+    residual_stride = 0
+    if residual is not None:
+        residual, residual_stride = rows_of(residual, rows, cols)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     z = torch.empty_like(y) if spec.keep_z else None
-    # Sizes as arguments, not as a tuple: half the time again.
     statistics = None
-    if statistics_dtype is not None:
-        statistics = torch.empty(1 if spec.rms else 2, rows, dtype=statistics_dtype, device="cpu")
+    if _keeps_statistics(spec):  # sizes as arguments, not as a tuple: half the time
+        wide = numerics.compute_dtype(spec.dtype)
+        statistics = torch.empty(1 if spec.rms else 2, rows, dtype=wide, device="cpu")
     _ext.load().module.norm_fwd(
-        shape,
-        0 if seed is None else seed.data_ptr(),
-        x_rows.data_ptr(),
-        x_stride,
-        0 if residual_rows is None else residual_rows.data_ptr(),
-        residual_stride,
-        weight_address,
-        bias_address,
-        0 if z is None else z.data_ptr(),
-        y.data_ptr(),
-        0 if statistics is None else statistics.data_ptr(),
-    )
+        _shape(spec), address(seed), x.data_ptr(), x_stride, address(residual), residual_stride,
+        address(weight), address(bias), address(z), y.data_ptr(), address(statistics),
+    )  # fmt: skip
     return y, z, statistics
+
+
+def bind(spec: NormSpec) -> Callable:
+    """`forward` for one spec. Of a small call without a residual little is left: the Python above
+    takes longer than its kernel."""
+    general = functools.partial(forward, spec)
+    if spec.add or spec.keep_z or _keeps_statistics(spec):
+        return general
+    norm_fwd, empty_like = _ext.load().module.norm_fwd, torch.empty_like
+    shape, cols = _shape(spec), spec.cols
+
+    def small(x, residual, weight, bias, seed):
+        weight_address = bias_address = 0
+        if weight is not None:
+            if not weight.is_contiguous():
+                return general(x, residual, weight, bias, seed)
+            weight_address = weight.data_ptr()
+        if bias is not None:
+            if not bias.is_contiguous():
+                return general(x, residual, weight, bias, seed)
+            bias_address = bias.data_ptr()
+        if not x.is_contiguous():
+            return general(x, residual, weight, bias, seed)
+        y = empty_like(x)
+        norm_fwd(shape, 0, x.data_ptr(), cols, 0, 0, weight_address, bias_address, 0, y.data_ptr(),
+                 0)  # fmt: skip
+        return y, None, None
+
+    return small
 
 
 def backward(
@@ -98,8 +113,8 @@ def backward(
     module = _ext.load().module
     z_rows, z_stride = rows_of(z, rows, cols)
     dy_rows, dy_stride = rows_of(dy, rows, cols)
-    weight, weight_address = _address(weight)
-    dz, dz_address = _address(dz)
+    weight = None if weight is None else weight.contiguous()
+    dz = None if dz is None else dz.contiguous()
     dx = _empty(z, spec.x_dtype) if wants[0] else None
     dresidual = None
     if wants[0] and spec.add and (spec.dropout_p or spec.x_dtype != spec.dtype):
@@ -112,15 +127,15 @@ def backward(
         size = module.norm_bwd_scratch(rows, cols)
         scratch = torch.empty(size, dtype=numerics.compute_dtype(spec.dtype), device="cpu")
     module.norm_bwd(
-        _described(spec)[0],
+        _shape(spec),
         address(seed),
         z_rows.data_ptr(),
         z_stride,
-        weight_address,
+        address(weight),
         address(statistics),
         dy_rows.data_ptr(),
         dy_stride,
-        dz_address,
+        address(dz),
         address(dx),
         address(dresidual),
         address(dweight),
