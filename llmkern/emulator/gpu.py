@@ -97,6 +97,7 @@ class Device:
             limit = f"sm_{self.capability} has {self.max_shared_bytes}"
             raise ArgumentError(f"{kernel}: {shared_bytes} bytes of shared memory, {limit}")
         known = [tensor_row(*entry) for entry in self._memory.values()]
+        launches, counts = self._counts.get((kernel, program), (0, None))
         counts = program.run(
             kernel,
             grid,
@@ -105,10 +106,10 @@ class Device:
             shared_bytes=shared_bytes,
             memory=[*known, *memory],
             options=self.options,
+            counts=counts,
             output=self._print,
         )
-        launches, before = self._counts.get((kernel, program), (0, 0))
-        self._counts[kernel, program] = launches + 1, before + counts
+        self._counts[kernel, program] = launches + 1, counts
 
     def _print(self, text: str) -> None:
         self.printed += text
