@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import llmkern
-from llmkern.bench import command, gate, kernel_table, profile, registry
+from llmkern.bench import command, gate, kernel_table, profile, registry, tune
 from llmkern.bench.suites import kernels
 from llmkern.errors import LlmkernError
 
@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     kernel_table.add_parser(commands)
     profile.add_parser(commands)
+    tune.add_parser(commands)
     return made
 
 

@@ -1,19 +1,22 @@
 """Which backend serves a call.
 
 A call is described by its op's name and spec. Backends are asked in the order of BACKENDS; the
-first whose `supports(spec)` returns None serves. `use_backend` or an op's `backend=` argument name
-one: if that one cannot serve, BackendError is raised, whatever the policy. The fallback policy is
-about calls for which nobody named a backend and that only the reference serves, where the device
-has fused backends: "error", "warn" or "silent" (the default is "warn"); each fallback is counted in
-`fallbacks()`.
+first whose `supports(spec)` returns None serves. For CUDA tensors llmkern/choice.py sets the order,
+by what `llmkern tune` measured on the card if it did. `use_backend` or an op's `backend=` argument
+names one: if that one cannot serve, BackendError is raised, whatever the policy. The fallback
+policy is about calls for which nobody named a backend and that only the reference serves, where the
+device has fused backends: "error", "warn" or "silent" (the default is "warn"); each fallback is
+counted in `fallbacks()`.
 """
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llmkern import target
+from llmkern import choice, target, tuned
 from llmkern.errors import BackendError, FallbackWarning
 from llmkern.numerics import FLOOR
 
@@ -46,10 +49,12 @@ _fused: dict[str, bool] = {}
 
 
 class Decision(NamedTuple):
-    """How a call was decided: the backend, and the reason of each one that was passed over."""
+    """How a call was decided: the backend, the reason of each one that was passed over, and why
+    they were asked in that order, where they could have been in another."""
 
     backend: str
     rejected: tuple[tuple[str, str], ...]
+    reason: str = ""
 
 
 def check_name(name: str) -> str:
@@ -120,18 +125,41 @@ def decide(op: str, spec: tuple, backend: str | None = None) -> Decision:
 
     Raises:
         BackendError: the backend that was named cannot serve, or none can.
+        TuneFileError: the card's tune file is broken.
     """
     named = check_name(backend) if backend is not None else _settings.get().preferred
     device = spec.device
-    candidates = (named,) if named is not None else BACKENDS.get(device, ("reference",))
+    if named is not None:
+        candidates, why = (named,), ""
+    else:
+        candidates, why = _preference(op, spec, BACKENDS.get(device, ("reference",)))
     rejected = []
     for name in candidates:
         reason = refusal(name, op, spec)
         if reason is None:
-            return Decision(name, tuple(rejected))
+            return Decision(name, tuple(rejected), why)
         rejected.append((name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
     raise BackendError(f"{op}: no backend serves this call on {device} ({reasons})")
+
+
+def _preference(op: str, spec: tuple, backends: tuple[str, ...]) -> choice.Preference:
+    found = _measured() if spec.device == "cuda" else None
+    if found is None:
+        return choice.prefer(op, spec, backends)
+    return choice.prefer(op, spec, backends, found[0].rows, str(found[1]))
+
+
+@functools.cache
+def _measured() -> tuple[tuned.Tuned, Path] | None:
+    """The tune file of the card that is current at the first call on CUDA tensors."""
+    card = card_name()
+    return None if card is None else tuned.load(card)
+
+
+def card_name() -> str | None:
+    """What torch calls the current CUDA device; None where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def resolve(op: str, spec: tuple, backend: str | None = None) -> ModuleType:

@@ -33,5 +33,13 @@ class BackendError(LlmkernError, ValueError, RuntimeError):
     """A backend that was asked for is unknown, missing, or cannot serve the call."""
 
 
+class TuneFileError(LlmkernError, ValueError):
+    """A file that is read as `llmkern tune`'s is not one."""
+
+
+class TuneWarning(UserWarning):
+    """A tune file is not used: it was made for another card or version, or is not there."""
+
+
 class FallbackWarning(UserWarning):
     """A call was served by a slower backend (fallback policy "warn")."""

@@ -18,6 +18,7 @@ class OpReport(NamedTuple):
     bytes: int
     forward_bounds: tuple[cards.Bound, ...]  # the least time by each card's data sheet
     backward_bounds: tuple[cards.Bound, ...]
+    reason: str = ""  # why the backends were asked in that order, where there is a choice
 
 
 class Explanation(NamedTuple):
@@ -31,6 +32,7 @@ class Explanation(NamedTuple):
         lines = []
         for op in self.ops:
             lines.append(f"{op.op}: {op.backend}, {op.detail}")
+            lines += [f"  asked {op.reason}"] if op.reason else []
             lines += [f"  passed over {name}: {reason}" for name, reason in op.rejected]
             lines.append(f"  {op.flops / 1e9:.4g} GFLOP, {op.bytes / 1e6:.4g} MB at the least")
             lines.append("  a bound from data sheets, not a measurement; forward / backward, us:")
@@ -55,9 +57,10 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
         function: anything callable: a function of llmkern.functional, a module, a training step.
 
     Returns:
-        Explanation: per op the backend that served, the ones passed over with the reason, the
-        runtime it uses, FLOPs and minimum bytes (every input read once, every output written once),
-        and the least time that these allow on the GPUs of llmkern/cards.py.
+        Explanation: per op the backend that served, the ones passed over with the reason, why they
+        were asked in that order, the runtime it uses, FLOPs and minimum bytes (every input read
+        once, every output written once), and the least time that these allow on the GPUs of
+        llmkern/cards.py.
 
     Raises:
         Whatever the call itself raises.
@@ -78,4 +81,5 @@ def _report(op: str, spec: tuple, decision: dispatch.Decision) -> OpReport:
         *forward,
         cost.bounds(op, spec, forward),
         cost.bounds(op, spec, backward),
+        decision.reason,
     )

@@ -51,6 +51,18 @@ class AttentionSpec(NamedTuple):
     slopes: bool
     sinks: bool
 
+    def length_first(self, q: torch.Tensor) -> bool:
+        """Whether out is [S, B, H, Dv] in memory, not [B, S, H, Dv]: where q is, as modules with
+        batch_first=False make it; the output projection then reads out without a copy."""
+        return self.batch > 1 and self.q_len > 1 and 0 < q.stride(0) < q.stride(2)
+
+    def new_out(self, q: torch.Tensor) -> torch.Tensor:
+        """Memory for out [B, H, S, Dv], which autograd does not take for a view."""
+        b, h, s, d = self.batch, self.heads, self.q_len, self.value_dim
+        across = (h * d, b * h * d) if self.length_first(q) else (s * h * d, h * d)
+        strides = (across[0], d, across[1], 1)
+        return torch.empty_strided((b, h, s, d), strides, dtype=self.dtype, device=q.device)
+
 
 class LinearSpec(NamedTuple):
     """One linear call: [rows, in_features] x [out_features, in_features]^T and its epilogue."""

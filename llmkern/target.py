@@ -4,10 +4,13 @@
 Kernels that get bare addresses may touch the tensors that their backend has shown.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 _emulated: int | None = None
 _shown: list[Tensor] = []
+_load_cuda_runtime: Callable[[], object] | None = None
 
 
 def emulated() -> int | None:
@@ -33,3 +36,21 @@ def shown() -> list[Tensor]:
 
 def hide_all() -> None:
     _shown.clear()
+
+
+def provide_cuda_runtime(load: Callable[[], object]) -> None:
+    """`load` maps a libcudart.so.13 into the process whose launches are emulated."""
+    global _load_cuda_runtime
+    _load_cuda_runtime = load
+
+
+def load_cuda_runtime() -> bool:
+    """Map the emulator's CUDA runtime; False where no emulator is imported.
+
+    Raises:
+        BackendError: it was not built, or does not load.
+    """
+    if _load_cuda_runtime is None:
+        return False
+    _load_cuda_runtime()
+    return True

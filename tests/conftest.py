@@ -46,7 +46,7 @@ def poisoned_empty(request, monkeypatch):
     """An output element that a kernel forgets to write shows up as NaN."""
     torch.manual_seed(0)
     if "compile" not in request.node.name:  # dynamo must see the real torch.empty
-        for name in ("empty", "empty_like"):
+        for name in ("empty", "empty_like", "empty_strided"):
             monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
 
 

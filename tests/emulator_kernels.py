@@ -4,6 +4,8 @@ Run as a script, in a process without TRITON_INTERPRET (which would keep Triton 
 prints one line of JSON for each case.
 """
 
+import contextlib
+import io
 import json
 import sys
 
@@ -154,6 +156,19 @@ def fp8_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def fp8_e4m3_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    tl.store(out_ptr + offsets, x.to(tl.float8e4nv).to(tl.float32))
+
+
+@triton.jit
+def printing_kernel(x_ptr):
+    x = tl.load(x_ptr + tl.program_id(0))
+    tl.device_print("x is", x)
+
+
+@triton.jit
 def overlapping_kernel(out_ptr, BLOCK: tl.constexpr):
     tile = tl.program_id(0)
     offsets = tile * (BLOCK // 2) + tl.arange(0, BLOCK)
@@ -237,6 +252,18 @@ def fp8():
     return error_of(out, x.to(torch.float8_e5m2).float())
 
 
+def fp8_e4m3():
+    x = torch.randn(256)
+    out = torch.empty(256)
+    fp8_e4m3_kernel[(1,)](x, out, BLOCK=256)
+    return error_of(out, x.to(torch.float8_e4m3fn).float())
+
+
+def printing():
+    printing_kernel[(3,)](torch.tensor([1.5, -2.0, 40.0]), num_warps=1)
+    return 0.0
+
+
 def overlapping():
     overlapping_kernel[(4,)](torch.zeros(640, dtype=torch.int32), BLOCK=256)
     return 1.0
@@ -264,6 +291,8 @@ CASES = {
     "sort, scan and argmax": order,
     "random": uniform,
     "fp8": fp8,
+    "fp8 e4m3": fp8_e4m3,
+    "print": printing,
     "bug: unmasked load": lambda: add(mask=False),
     "bug: shifted store": lambda: add(shift=1),
     "bug: overlapping tiles": overlapping,
@@ -276,7 +305,10 @@ def run(name: str, architecture: str, **options) -> dict:
     try:
         with emulator.device(architecture, **options) as dev:
             result["inside"] = target.emulated()
-            result["error"] = CASES[name]()
+            with contextlib.redirect_stdout(io.StringIO()) as shown:
+                result["error"] = CASES[name]()
+        assert shown.getvalue() == dev.printed
+        result["printed"] = dev.printed
         total = dev.counters().total
         result["instructions"] = total.instructions
         result["mma"] = dev.counters().mma
@@ -292,11 +324,15 @@ def run(name: str, architecture: str, **options) -> dict:
 def main() -> None:
     driver = triton.runtime.driver._active
     for name in CASES:
+        if name == "fp8 e4m3":
+            continue
         print(json.dumps(run(name, "sm_80", threads=1)), flush=True)
     for name in ("norm bf16", "attention bf16", "matmul bf16 odd", "bug: shifted store"):
         print(json.dumps(run(name, "sm_80", threads=2, seed=9)), flush=True)
     for architecture in ("sm_86", "sm_89", "sm_90", "sm_120"):
         print(json.dumps(run("norm bf16", architecture, threads=1)), flush=True)
+        if architecture != "sm_86":  # float8e4nv came with sm_89
+            print(json.dumps(run("fp8 e4m3", architecture, threads=1)), flush=True)
     print(json.dumps(run("matmul bf16", "sm_120", threads=1)), flush=True)
     assert triton.runtime.driver._active is driver
 

@@ -41,9 +41,19 @@ def test_targets_follow_the_variable(build, monkeypatch):
     ]
 
 
-def test_unknown_target_stops_the_build(build, monkeypatch):
-    monkeypatch.setenv("LLMKERN_CUDA_ARCHS", "8.0")
-    with pytest.raises(SystemExit, match="'8.0' is not sm_XX or compute_XX"):
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("8.0", "'8.0' is not sm_XX or compute_XX"),
+        ("", "'' is not sm_XX or compute_XX"),
+        ("sm_80,", "'' is not sm_XX or compute_XX"),
+        ("sm_80;sm_90", "'sm_80;sm_90' is not"),
+        ("compute_75", "the kernels need sm_80, got compute_75"),
+    ],
+)
+def test_unknown_target_stops_the_build(build, monkeypatch, value, said):
+    monkeypatch.setenv("LLMKERN_CUDA_ARCHS", value)
+    with pytest.raises(SystemExit, match=said):
         build.targets()
 
 

@@ -209,6 +209,58 @@ def test_named_barriers_make_a_pipeline():
     assert caught.value.check in ("shared race", "bad barrier", "barrier deadlock")
 
 
+@pytest.mark.parametrize("op, want", [("and", [0, 1]), ("or", [1, 1])])
+def test_barriers_vote(op, want):
+    # Warp 0 votes yes as one, warp 1 in part; then both in full.
+    ptx = kernel(
+        f"""
+      setp.lt.u32 %p1, %r40, 40;
+      bar.red.{op}.pred %p2, 0, %p1;
+      selp.b32 %r1, 1, 0, %p2;
+      setp.lt.u32 %p1, %r40, 64;
+      bar.red.{op}.pred %p3, 1, 64, %p1;
+      selp.b32 %r2, 10, 0, %p3;
+      add.s32 %r1, %r1, %r2;
+      mad.wide.u32 %d1, %r40, 4, %d40;
+      st.global.u32 [%d1], %r1;""",
+        1,
+    )
+    out = torch.zeros(64, dtype=torch.int32)
+    launch(ptx, out, block=64)
+    assert out.tolist() == [want[0] + 10 * want[1]] * 64
+
+
+PAIRS = """
+  .shared .align 4 .b32 slot[128];
+  mov.u32 %r2, slot;
+  mad.lo.s32 %r3, %r40, 4, %r2;
+  shr.u32 %r4, %r40, 5;
+  st.shared.u32 [%r3], %r40;
+  shr.u32 %r5, %r4, 1;
+  add.s32 %r5, %r5, 1;
+  bar.sync %r5, 64;
+  {meet}
+  setp.eq.u32 %p1, %r4, 3;
+  @%p1 ld.shared.u32 %r6, [slot+{word}];"""
+
+
+def test_named_barriers_order_those_who_meet_there_and_what_these_have_seen():
+    # Warps 0 and 1 meet at barrier 1, warps 2 and 3 at barrier 2; warp 3 reads what others stored.
+    def run(meet: str, word: int) -> None:
+        for seed in (0, 1, 2):
+            launch(kernel(PAIRS.format(meet=meet, word=4 * word), 0), block=128, seed=seed)
+
+    run("", 64 + 5)
+    for word in (5, 32 + 5):
+        with pytest.raises(EmulatorError) as caught:
+            run("", word)
+        assert caught.value.check in ("shared race", "uninitialised shared memory")
+    # Then warps 1 and 3 meet: what warp 0 did before its barrier is known by way of warp 1.
+    meet = "and.b32 %r7, %r4, 1;\n  setp.eq.u32 %p2, %r7, 1;\n  @%p2 bar.sync 3, 64;"
+    for word in (5, 32 + 5):
+        run(meet, word)
+
+
 def test_threads_that_do_not_fill_a_warp():
     ptx = kernel("mov.u32 %r1, 1; mad.wide.u32 %d1, %r40, 4, %d40; st.global.u32 [%d1], %r1;", 1)
     out = torch.zeros(64, dtype=torch.int32)

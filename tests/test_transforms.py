@@ -121,14 +121,29 @@ def test_gradients_of_parameters_through_functional_call():
         torch.testing.assert_close(samples[name].sum(0), p.grad, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "attention", "linear", "gelu"])
-def test_compiled_tangents_are_an_error_not_a_wrong_number(name):
-    def tangent(x, direction):
-        return torch.func.jvp(CALLS[name][0], (x,), (direction,))[1]
+def _of_samples(transform):
+    return lambda f: lambda x: torch.func.vmap(transform(f))(torch.stack([x, x.cos()]))
 
-    x = torch.randn(2, 3, 8)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="need plain eager mode"):
-        torch.compile(tangent, fullgraph=True, backend="eager")(x, x)
+
+COMPILED = {
+    "grad": torch.func.grad,
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "hessian": torch.func.hessian,
+    "vmap of grad": _of_samples(torch.func.grad),
+    "grad of vmap": lambda f: torch.func.grad(lambda x: _of_samples(lambda f: f)(f)(x).sum()),
+}
+
+
+@pytest.mark.parametrize("transform", COMPILED)
+@pytest.mark.parametrize("name", ["layer_norm", "attention", "linear_residual", "gelu"])
+def test_compiled_transforms(name, transform):
+    ours, theirs = (lambda x, f=f: f(x).square().sum() for f in CALLS[name])
+    x = torch.randn(1, 1, 3, 8)
+    torch._dynamo.reset()
+    found = torch.compile(COMPILED[transform](ours), fullgraph=True, backend="eager")(x)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = COMPILED[transform](theirs)(x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_dropout_has_a_tangent():

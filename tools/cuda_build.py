@@ -3,7 +3,8 @@
 LLMKERN_CUDA = auto (default): build llmkern._C_cuda where an nvcc is found; off: never; on: a
 missing nvcc is an error, and an isolated build (pip install .) fetches one from PyPI first.
 LLMKERN_CUDA_ARCHS: targets separated by commas, each sm_XX (machine code for that card) or
-compute_XX (PTX, which newer drivers compile for newer cards). Default: sm_80,compute_80.
+compute_XX (PTX, which newer drivers compile for newer cards, and which the emulator runs). Default:
+sm_80,compute_80.
 """
 
 import os
@@ -17,12 +18,13 @@ from typing import NamedTuple
 
 # A whole compiler as wheels: nvcc, its middle end, its headers, the runtime, libcu++.
 WHEELS = [
-    "nvidia-cuda-nvcc>=13.0,<14",
-    "nvidia-nvvm>=13.0,<14",
-    "nvidia-cuda-crt>=13.0,<14",
-    "nvidia-cuda-runtime>=13.0,<14",
-    "nvidia-cuda-cccl>=13.0,<14",
+    "nvidia-cuda-nvcc==13.0.*",
+    "nvidia-nvvm==13.0.*",
+    "nvidia-cuda-crt==13.0.*",
+    "nvidia-cuda-runtime==13.0.*",
+    "nvidia-cuda-cccl==13.0.*",
 ]
+OLDEST = 80  # bf16 mma and cp.async
 DEFAULT_ARCHS = "sm_80,compute_80"
 MODES = ("auto", "on", "off")
 CUDA = Path("csrc/cuda")
@@ -66,7 +68,8 @@ def find() -> Toolkit | None:
         if not nvcc.is_file():
             continue
         root = _real_root(nvcc).resolve()
-        for lib in (root / "lib64", root / "lib", root / "targets/x86_64-linux/lib"):
+        for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+            lib = root / name
             if (lib / "libcudart_static.a").is_file():
                 return Toolkit(nvcc.absolute(), lib)
     return None
@@ -93,6 +96,10 @@ def targets() -> list[str]:
         match = re.fullmatch(r"(sm|compute)_(\d+[af]?)", arch.strip())
         if match is None:
             raise SystemExit(f"LLMKERN_CUDA_ARCHS: {arch.strip()!r} is not sm_XX or compute_XX")
+        if int(match.group(2).rstrip("af")) < OLDEST:
+            raise SystemExit(
+                f"LLMKERN_CUDA_ARCHS: the kernels need sm_{OLDEST}, got {arch.strip()}"
+            )
         flags.append(f"-gencode=arch=compute_{match.group(2)},code={match.group(0)}")
     return flags
 

@@ -44,50 +44,75 @@ __device__ inline const T* slab(const Rows& rows, int batch, int head) {
   return static_cast<const T*>(rows.data) + batch * rows.batch + head * rows.head;
 }
 
-template <int kD>
-__device__ inline int row_offset(int row, int unit) {
-  static_assert(kD == 64 || kD == 128, "a row is 8 or 16 units");
-  return row * (kD * 2) + ((unit ^ (row & 7)) * 16);
-}
+// A thread's part of loading tile after tile of kRows rows of a slab by cp.async. Rows past `count`,
+// those that `kept` leaves out and columns past `dim` become 0. kept: null, or one byte a row.
+template <class T, int kD, int kRows>
+struct RowLoader {
+  static constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
+  static_assert(kStep % 8 == 0, "the rows of a thread have the same swizzle");
+  uint64_t from;  // of its first row in the next tile
+  uint64_t step;  // bytes from one of its rows to the next
+  uint64_t nothing;  // readable, for copies of 0 bytes
+  uint32_t to;
+  int bytes, line;
 
-// Rows first .. first + kRows - 1 of a slab by cp.async; those past `count`, those that `keep`
-// leaves out and columns past `dim` become 0. keep: null, or one byte a row.
+  // first: where the first tile starts.
+  __device__ RowLoader(uint32_t shared, const T* slab, int64_t stride, int first, int dim) {
+    const int unit = threadIdx.x % kUnits;
+    line = threadIdx.x / kUnits;
+    to = shared + row_offset<kD>(line, unit);
+    bytes = unit * 8 < dim ? 16 : 0;
+    nothing = ptx::global_address(slab);
+    from = nothing + (first + line) * stride * 2 + (bytes > 0 ? unit * 16 : 0);
+    step = stride * 2 * kStep;
+    ptx::keep(to);
+    ptx::keep(bytes);
+    ptx::keep(line);
+    ptx::keep(from);
+    ptx::keep(step);
+  }
+
+  // The next tile, all rows of which exist and are kept, to `offset` bytes after the first.
+  __device__ void load_whole(uint32_t offset) {
+    static_for<kRows / kStep>([&](auto i) {
+      ptx::cp_async_cg_16<i.value * kStep * kD * 2>(to + offset, from, bytes);
+      from += step;
+    });
+  }
+
+  // Any tile; its first row is `first`.
+  __device__ void load(uint32_t offset, int first, int count, const uint8_t* kept = nullptr) {
+    if (first + kRows <= count && kept == nullptr) return load_whole(offset);
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i, from += step) {
+      const int row = first + line + i * kStep;
+      const bool inside = row < count && bytes > 0 && (kept == nullptr || kept[row] != 0);
+      ptx::cp_async_cg_16(to + offset + i * kStep * kD * 2, inside ? from : nothing,
+                          inside ? 16 : 0);
+    }
+  }
+};
+
+// Rows first .. first + kRows - 1 alone.
 template <class T, int kD, int kRows>
 __device__ inline void load_rows(uint32_t shared, const T* slab, int64_t stride, int first,
-                                 int count, int dim, const uint8_t* keep = nullptr) {
-  constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
-  static_assert(kStep % 8 == 0, "the rows of a thread have the same swizzle");
-  const int unit = threadIdx.x % kUnits, line = threadIdx.x / kUnits;
-  const uint32_t to = shared + row_offset<kD>(line, unit);
-  const int bytes = unit * 8 < dim ? 16 : 0;
-  if (first + kRows <= count && keep == nullptr) {
-    const T* from = slab + (first + line) * stride + (bytes > 0 ? unit * 8 : 0);
-#pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride) {
-      ptx::cp_async_cg_16(to + i * kStep * kD * 2, from, bytes);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kRows / kStep; ++i) {
-    const int row = first + line + i * kStep;
-    const bool inside = row < count && bytes > 0 && (keep == nullptr || keep[row] != 0);
-    ptx::cp_async_cg_16(to + i * kStep * kD * 2, inside ? slab + row * stride + unit * 8 : slab,
-                        inside ? 16 : 0);
-  }
+                                 int count, int dim, const uint8_t* kept = nullptr) {
+  RowLoader<T, kD, kRows>(shared, slab, stride, first, dim).load(0, first, count, kept);
 }
 
 // Offsets of a lane's ldmatrix rows; add the tile's address and row0 * kD * 2, row0 a multiple of
 // 16. The xor of a multiple of two units commutes with the swizzle.
 template <int kD>
 struct Lanes {
-  int a, b, b_trans;
+  uint32_t a, b, b_trans;
 
   __device__ Lanes() {
     const int lane = threadIdx.x % kWarp, second = (lane / 8) & 1, third = lane / 16;
     a = row_offset<kD>(second * 8 + lane % 8, third);
     b = row_offset<kD>(third * 8 + lane % 8, second);
-    b_trans = row_offset<kD>(second * 8 + lane % 8, third);
+    ptx::keep(a);
+    ptx::keep(b);
+    b_trans = a;
   }
 };
 
@@ -100,7 +125,42 @@ __device__ inline void attention_mma(float (&d)[4], const uint32_t (&a)[4], uint
   ptx::mma_m16n8k16_f16(d, a, b0, b1);
 }
 
-// s [16 rows of a][kN rows of b] = a b^T, both tiles [*][kD].
+// The fragments of 16 rows.
+template <int kD>
+__device__ inline void load_fragments(uint32_t (&a)[kD / 16][4], uint32_t rows,
+                                      const Lanes<kD>& lanes) {
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step) {
+    ptx::ldmatrix_x4(a[step], rows + (lanes.a ^ (step * 32)));
+  }
+}
+
+// s [16][kN] += columns 16 step .. + 15 of a times those of the kN rows of b.
+template <class T, int kD, int kN>
+__device__ inline void multiply_step(float (&s)[kN / 8][4], const uint32_t (&a)[4], int step,
+                                     uint32_t b_rows, const Lanes<kD>& lanes) {
+  const uint32_t b_at = b_rows + (lanes.b ^ (step * 32));
+  static_for<kN / 16>([&](auto j) {
+    uint32_t b[4];
+    ptx::ldmatrix_x4<j.value * 16 * kD * 2>(b, b_at);
+    attention_mma(s[2 * j.value], a, b[0], b[1], T{});
+    attention_mma(s[2 * j.value + 1], a, b[2], b[3], T{});
+  });
+}
+
+// s [16 rows of a][kN rows of b] = a b^T, tiles [*][kD]; a as fragments.
+template <class T, int kD, int kN>
+__device__ inline void multiply_fragments(float (&s)[kN / 8][4], const uint32_t (&a)[kD / 16][4],
+                                          uint32_t b_rows, const Lanes<kD>& lanes) {
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step) {
+    multiply_step<T, kD, kN>(s, a[step], step, b_rows, lanes);
+  }
+}
+
+// The same of a tile in shared memory.
 template <class T, int kD, int kN>
 __device__ inline void multiply_rows(float (&s)[kN / 8][4], uint32_t a_rows, uint32_t b_rows,
                                      const Lanes<kD>& lanes) {
@@ -110,13 +170,7 @@ __device__ inline void multiply_rows(float (&s)[kN / 8][4], uint32_t a_rows, uin
   for (int step = 0; step < kD / 16; ++step) {
     uint32_t a[4];
     ptx::ldmatrix_x4(a, a_rows + (lanes.a ^ (step * 32)));
-#pragma unroll
-    for (int j = 0; j < kN / 16; ++j) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4(b, b_rows + (lanes.b ^ (step * 32)) + j * 16 * kD * 2);
-      attention_mma(s[2 * j], a, b[0], b[1], T{});
-      attention_mma(s[2 * j + 1], a, b[2], b[3], T{});
-    }
+    multiply_step<T, kD, kN>(s, a, step, b_rows, lanes);
   }
 }
 
@@ -124,26 +178,29 @@ __device__ inline void multiply_rows(float (&s)[kN / 8][4], uint32_t a_rows, uin
 template <class T, int kD, int kN>
 __device__ inline void accumulate(float (&sum)[kD / 8][4], const float (&p)[kN / 8][4],
                                   uint32_t b_rows, const Lanes<kD>& lanes) {
+  uint32_t at[kD / 16];
 #pragma unroll
-  for (int step = 0; step < kN / 16; ++step) {
-    const float(&low)[4] = p[2 * step];
-    const float(&high)[4] = p[2 * step + 1];
+  for (int j = 0; j < kD / 16; ++j) at[j] = b_rows + (lanes.b_trans ^ (j * 32));
+  static_for<kN / 16>([&](auto step) {
+    const float(&low)[4] = p[2 * step.value];
+    const float(&high)[4] = p[2 * step.value + 1];
     const uint32_t a[4] = {pack_pair(low[0], low[1], T{}), pack_pair(low[2], low[3], T{}),
                            pack_pair(high[0], high[1], T{}), pack_pair(high[2], high[3], T{})};
 #pragma unroll
     for (int j = 0; j < kD / 16; ++j) {
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, b_rows + (lanes.b_trans ^ (j * 32)) + step * 16 * kD * 2);
+      ptx::ldmatrix_x4_trans<step.value * 16 * kD * 2>(b, at[j]);
       attention_mma(sum[2 * j], a, b[0], b[1], T{});
       attention_mma(sum[2 * j + 1], a, b[2], b[3], T{});
     }
-  }
+  });
 }
 
 // Columns of a tile that a row sees.
 struct Band {
   int low, high;
   __device__ bool sees(int c) const { return c >= low && c <= high; }
+  __device__ bool ends_after(int c) const { return c <= high; }
   // Relative to the lane's first column.
   __device__ Band of_lane() const {
     const int first = 2 * (threadIdx.x % 4);
@@ -174,6 +231,7 @@ __device__ inline bool all_see(const AttentionParams& p, int i0, int i1, int j0,
 
 struct Range {
   int first, end;  // tiles
+  __device__ bool has(int tile) const { return tile >= first && tile < end; }
 };
 
 // Tiles of kSize keys that some query of i0 .. i1 sees, or of queries that see some key: columns
@@ -188,6 +246,15 @@ __device__ inline Range tiles_of(int low, int high, int length) {
 template <int kSize>
 __device__ inline Range key_tiles(const AttentionParams& p, int i0, int i1) {
   return tiles_of<kSize>(i0 + p.shift - p.left, i1 + p.shift + p.right, p.kv_len);
+}
+
+// Of those, the tiles that queries i0 .. i1 see all of.
+template <int kSize>
+__device__ inline Range whole_key_tiles(const AttentionParams& p, int i0, int i1) {
+  const int low = max(i1 + p.shift - p.left, 0);
+  const int high = min(i0 + p.shift + p.right, p.kv_len - 1);
+  if (p.key_mask != nullptr || high < 0) return {0, 0};
+  return {(low + kSize - 1) / kSize, (high + 1) / kSize};
 }
 
 template <int kSize>
@@ -281,23 +348,38 @@ __device__ inline void store_rows(uint8_t* shared, const Rows& to, int batch, in
                                   int count, int dim, const float (&sum)[kD / 8][4],
                                   const float (&scale)[2]) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int base = row_offset<kD>(g, 0) + t * 4;
 #pragma unroll
   for (int j = 0; j < kD / 8; ++j) {
+    uint8_t* column = shared + (base ^ (j * 16));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int at = row_offset<kD>(g + half * 8, j) + t * 4;
-      *reinterpret_cast<uint32_t*>(shared + at) =
+      *reinterpret_cast<uint32_t*>(column + half * 8 * kD * 2) =
           pack_pair(sum[j][2 * half] * scale[half], sum[j][2 * half + 1] * scale[half], T{});
     }
   }
   __syncwarp();
-  T* rows = const_cast<T*>(slab<T>(to, batch, head));
+  constexpr int kUnits = kD / 8, kStep = kWarp / kUnits;  // 4 or 2 rows at a time
+  const int unit = lane % kUnits, row = lane / kUnits;
+  if (unit * 8 >= dim) return;
+  // Eight rows on, the swizzle is the same.
+  int at[8 / kStep];
 #pragma unroll
-  for (int i = lane; i < kWarpRows * (kD / 8); i += kWarp) {
-    const int row = i / (kD / 8), unit = i % (kD / 8);
-    if (first + row < count && unit * 8 < dim) {
-      *reinterpret_cast<uint4*>(rows + (first + row) * to.row + unit * 8) =
-          *reinterpret_cast<const uint4*>(shared + row_offset<kD>(row, unit));
+  for (int i = 0; i < 8 / kStep; ++i) at[i] = row_offset<kD>(row + i * kStep, unit);
+  T* out = const_cast<T*>(slab<T>(to, batch, head)) + (first + row) * to.row + unit * 8;
+  const int64_t step = kStep * to.row;
+  const auto copy = [&](int i) {
+    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(
+        shared + at[i % (8 / kStep)] + i / (8 / kStep) * 8 * kD * 2);
+    out += step;
+  };
+  if (first + kWarpRows <= count) {
+#pragma unroll
+    for (int i = 0; i < kWarpRows / kStep; ++i) copy(i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWarpRows / kStep; ++i) {
+      if (first + row + i * kStep < count) copy(i);
     }
   }
 }

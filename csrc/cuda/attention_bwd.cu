@@ -51,35 +51,58 @@ struct KeysShared {
   static constexpr int kBytes = kRowTerms + 2 * kQueries<kD> * 8;
 };
 
-// The walk of the dK, dV kernel: query tiles of each head of the group in turn.
+// A place in the walk of the dK, dV kernel: query tiles of each head of the group in turn.
 struct Walk {
   Range tiles;
-  int steps;
-  __device__ int head(int step) const { return step / (tiles.end - tiles.first); }
-  __device__ int tile(int step) const { return tiles.first + step % (tiles.end - tiles.first); }
+  int tile, head, end_head;
+  __device__ bool ended() const { return head == end_head; }
+  // Whether the next head begins.
+  __device__ bool next() {
+    if (++tile < tiles.end) return false;
+    tile = tiles.first;
+    ++head;
+    return true;
+  }
 };
 
+// Loads Q, dO and the terms of a row for each step of the walk, to two stages in turn.
 template <class T, int kD>
-__device__ inline void load_queries(const AttentionParams& p, const Walk& walk, int step, int batch,
-                                    int first_head, uint32_t shared) {
+struct QueryLoader {
   using Shared = KeysShared<kD>;
-  constexpr int kN = kQueries<kD>;
-  if (step < walk.steps) {
-    const int head = first_head + walk.head(step), i0 = walk.tile(step) * kN;
-    const uint32_t stage = shared + Shared::kStages + step % 2 * Shared::kStage;
-    load_rows<T, kD, kN>(stage, slab<T>(p.q, batch, head), p.q.row, i0, p.q_len, p.head_dim);
-    load_rows<T, kD, kN>(stage + Shared::kTile, slab<T>(p.dout, batch, head), p.dout.row, i0,
-                         p.q_len, p.value_dim);
-    if (threadIdx.x < kN) {
-      const int i = i0 + threadIdx.x;
-      const int64_t at = (static_cast<int64_t>(batch) * p.heads + head) * p.q_len + i;
-      auto terms = reinterpret_cast<float2*>(shared_bytes + Shared::kRowTerms) + step % 2 * kN;
-      terms[threadIdx.x] =
-          i < p.q_len ? make_float2(p.lse[at] * kLog2E, p.delta[at]) : make_float2(0.0f, 0.0f);
+  static constexpr int kN = kQueries<kD>;
+  RowLoader<T, kD, kN> q, dout;
+  Walk at;
+  int stage = 0;
+
+  __device__ QueryLoader(const AttentionParams& p, const Walk& start, int batch, uint32_t shared)
+      : q(shared + Shared::kStages, slab<T>(p.q, batch, start.head), p.q.row,
+          start.tile * kN, p.head_dim),
+        dout(shared + Shared::kStages + Shared::kTile, slab<T>(p.dout, batch, start.head),
+             p.dout.row, start.tile * kN, p.value_dim),
+        at(start) {}
+
+  __device__ void load(const AttentionParams& p, int batch) {
+    if (!at.ended()) {
+      const int i0 = at.tile * kN;
+      q.load(stage * Shared::kStage, i0, p.q_len);
+      dout.load(stage * Shared::kStage, i0, p.q_len);
+      if (threadIdx.x < kN) {
+        const int i = i0 + threadIdx.x;
+        const int64_t row = (static_cast<int64_t>(batch) * p.heads + at.head) * p.q_len + i;
+        auto terms = reinterpret_cast<float2*>(shared_bytes + Shared::kRowTerms) + stage * kN;
+        terms[threadIdx.x] = i < p.q_len ? make_float2(p.lse[row] * kLog2E, p.delta[row])
+                                         : make_float2(0.0f, 0.0f);
+      }
+      stage ^= 1;
+      if (at.next()) {  // back to the first tile, and on to the next head
+        const int64_t back = static_cast<int64_t>(at.tiles.end - at.tiles.first) * kN;
+        q.from += (p.q.head - back * p.q.row) * 2;
+        dout.from += (p.dout.head - back * p.dout.row) * 2;
+      }
     }
+    ptx::cp_async_commit_group();
   }
-  ptx::cp_async_commit_group();
-}
+};
 
 // s: S^T of 16 keys and kN queries in, P^T out. dp: dP^T in, dS^T / scale out.
 template <int kN, bool kAll>
@@ -118,13 +141,16 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const uint8_t* keep =
       p.key_mask == nullptr ? nullptr : p.key_mask + static_cast<int64_t>(batch) * p.kv_len;
   const Lanes<kD> lanes;
-  Walk walk{query_tiles<kN>(p, j0, min(j0 + kBlockRows, p.kv_len) - 1), 0};
-  walk.steps = (walk.tiles.end - walk.tiles.first) * p.group;
+  const int j1 = j0 + kBlockRows - 1;
+  const Range tiles = query_tiles<kN>(p, j0, min(j1, p.kv_len - 1));
+  const int end_head = first_head + (tiles.first < tiles.end ? p.group : 0);
+  Walk walk{tiles, tiles.first, first_head, end_head};
   load_rows<T, kD, kBlockRows>(shared + Shared::kK, slab<T>(p.k, batch, kv_head), p.k.row, j0,
                                p.kv_len, p.head_dim, keep);
   load_rows<T, kD, kBlockRows>(shared + Shared::kV, slab<T>(p.v, batch, kv_head), p.v.row, j0,
                                p.kv_len, p.value_dim, keep);
-  load_queries<T, kD>(p, walk, 0, batch, first_head, shared);
+  QueryLoader<T, kD> queries(p, walk, batch, shared);
+  queries.load(p, batch);
   bool kept[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -133,21 +159,23 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
   const float scale_log2 = p.scale * kLog2E;
   float dk[kD / 8][4] = {}, dv[kD / 8][4] = {};
-  for (int step = 0; step < walk.steps; ++step) {
-    const int i0 = walk.tile(step) * kN;
-    const uint32_t stage = Shared::kStages + step % 2 * Shared::kStage;
+  for (int turn = 0; !walk.ended(); turn ^= 1) {
+    const int i0 = walk.tile * kN, head = walk.head;
+    const uint32_t stage = Shared::kStages + turn * Shared::kStage;
     const uint32_t q_rows = shared + stage;
-    const int i1 = i0 + kN - 1, j1 = j0 + kBlockRows - 1;
+    const int i1 = i0 + kN - 1;
+    walk.next();
     const bool all = all_see(p, i0, i1, j0, j1), covered = band_covers(p, i0, i1, j0, j1);
     ptx::cp_async_wait_group<0>();
-    uint32_t found = 0;
-    if (!covered) {
-      found = own_exponents<T, kD, kN>(shared_bytes + stage) |
-              own_exponents<T, kD, kN>(shared_bytes + stage + Shared::kTile);
-    }
     // This stage is here, and every warp is done with the other one.
-    const bool plain = barrier_all_finite(found) || covered;
-    load_queries<T, kD>(p, walk, step + 1, batch, first_head, shared);
+    bool plain = true;
+    if (covered) {
+      __syncthreads();
+    } else {
+      plain = barrier_all_finite(own_exponents<T, kD, kN>(shared_bytes + stage) |
+                                 own_exponents<T, kD, kN>(shared_bytes + stage + Shared::kTile));
+    }
+    queries.load(p, batch);
     float s[kN / 8][4], dp[kN / 8][4], ds[kN / 8][4];
     multiply_rows<T, kD, kN>(s, shared + Shared::kK + own, q_rows, lanes);
     multiply_rows<T, kD, kN>(dp, shared + Shared::kV + own, q_rows + Shared::kTile, lanes);
@@ -156,12 +184,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const bool drops = p.dropout.threshold != 0;
     QueryDrop<kN> drop;
     if (drops) {
-      const int head = batch * p.heads + first_head + walk.head(step);
-      drop.draw(p, head, i0, j0 + warp * kWarpRows);
+      drop.draw(p, batch * p.heads + head, i0, j0 + warp * kWarpRows);
       drop.apply(dp, p.dropout.scale);
     }
     const auto terms =
-        reinterpret_cast<const float2*>(shared_bytes + Shared::kRowTerms) + step % 2 * kN;
+        reinterpret_cast<const float2*>(shared_bytes + Shared::kRowTerms) + turn * kN;
     all ? differentiate<kN, true>(terms, scale_log2, band, s, dp, ds)
         : differentiate<kN, false>(terms, scale_log2, band, s, dp, ds);
     if (drops) drop.apply(s, p.dropout.scale);
@@ -233,13 +260,18 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const uint8_t* keep =
       p.key_mask == nullptr ? nullptr : p.key_mask + static_cast<int64_t>(batch) * p.kv_len;
   const Lanes<kD> lanes;
-  const Range tiles = key_tiles<kKeys>(p, i0, min(i0 + kBlockRows, p.q_len) - 1);
+  const int i1 = i0 + kBlockRows - 1;
+  const Range tiles = key_tiles<kKeys>(p, i0, min(i1, p.q_len - 1));
+  const Range whole_tiles = whole_key_tiles<kKeys>(p, i0, i1);
+  const int j_first = tiles.first * kKeys;
+  RowLoader<T, kD, kKeys> k_rows(shared + Shared::kStages, k, p.k.row, j_first, p.head_dim);
+  RowLoader<T, kD, kKeys> v_rows(shared + Shared::kStages + Shared::kTile, v, p.v.row, j_first,
+                                 p.value_dim);
   const auto load = [&](int tile) {
     if (tile < tiles.end) {
-      const uint32_t stage = shared + Shared::kStages + tile % 2 * Shared::kStage;
-      load_rows<T, kD, kKeys>(stage, k, p.k.row, tile * kKeys, p.kv_len, p.head_dim, keep);
-      load_rows<T, kD, kKeys>(stage + Shared::kTile, v, p.v.row, tile * kKeys, p.kv_len,
-                              p.value_dim, keep);
+      const uint32_t stage = tile % 2 * Shared::kStage;
+      k_rows.load(stage, tile * kKeys, p.kv_len, keep);
+      v_rows.load(stage, tile * kKeys, p.kv_len, keep);
     }
     ptx::cp_async_commit_group();
   };
@@ -260,23 +292,26 @@ __global__ void __launch_bounds__(kAttentionThreads)
   for (int tile = tiles.first; tile < tiles.end; ++tile) {
     const int j0 = tile * kKeys;
     const uint32_t stage = Shared::kStages + tile % 2 * Shared::kStage;
-    const uint32_t k_rows = shared + stage;
-    const int i1 = i0 + kBlockRows - 1, j1 = j0 + kKeys - 1;
-    const bool covered = band_covers(p, i0, i1, j0, j1);
+    const uint32_t k_tile = shared + stage;
+    const bool whole = whole_tiles.has(tile);
     ptx::cp_async_wait_group<0>();
-    const uint32_t found = covered ? 0 : own_exponents<T, kD, kKeys>(shared_bytes + stage);
     // This stage is here, and every warp is done with the other one.
-    const bool plain = barrier_all_finite(found) || covered;
+    bool plain = true;
+    if (whole || band_covers(p, i0, i1, j0, j0 + kKeys - 1)) {
+      __syncthreads();
+    } else {
+      plain = barrier_all_finite(own_exponents<T, kD, kKeys>(shared_bytes + stage));
+    }
     load(tile + 1);
     float s[kKeys / 8][4], dp[kKeys / 8][4];
-    multiply_rows<T, kD, kKeys>(s, shared + Shared::kQ + own, k_rows, lanes);
-    multiply_rows<T, kD, kKeys>(dp, shared + Shared::kDout + own, k_rows + Shared::kTile, lanes);
+    multiply_rows<T, kD, kKeys>(s, shared + Shared::kQ + own, k_tile, lanes);
+    multiply_rows<T, kD, kKeys>(dp, shared + Shared::kDout + own, k_tile + Shared::kTile, lanes);
     if (p.dropout.threshold != 0) {
       drop_keys<kKeys>(p, batch * p.heads + head, row0, j0, dp, p.dropout.scale);
     }
     const Band bands[2] = {keys_of(p, row0 + g, j0), keys_of(p, row0 + g + 8, j0)};
-    all_see(p, i0, i1, j0, j1) ? differentiate_keys<true>(p, batch, j0, bands, lse, delta, s, dp)
-                               : differentiate_keys<false>(p, batch, j0, bands, lse, delta, s, dp);
+    whole ? differentiate_keys<true>(p, batch, j0, bands, lse, delta, s, dp)
+          : differentiate_keys<false>(p, batch, j0, bands, lse, delta, s, dp);
     accumulate_seen<T, kD, kKeys>(dq, dp, stage, lanes, plain, bands);
   }
   ptx::cp_async_wait_group<0>();

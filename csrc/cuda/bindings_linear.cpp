@@ -39,8 +39,12 @@ LinearEpilogue epilogue_of(const Epilogue& t) {
 }
 
 void product(const py::tuple& place, const Shape& shape, uintptr_t a, uintptr_t b, uintptr_t up,
-             const Epilogue& epilogue, bool tf32) {
-  gemm({shape_of(shape), pointer(a), {pointer(b), pointer(up)}, epilogue_of(epilogue), nullptr},
+             const Epilogue& epilogue, bool tf32, uintptr_t scratch) {
+  gemm({shape_of(shape),
+        pointer(a),
+        {pointer(b), pointer(up)},
+        epilogue_of(epilogue),
+        pointer(scratch)},
        tf32, place_of(place));
 }
 
@@ -67,6 +71,12 @@ void backward(const py::tuple& place, int dtype, int64_t rows, int64_t cols, int
 
 void bind_linear(py::module_& m) {
   m.def("gemm", &product);
+  m.def(
+      "gemm_scratch",
+      [](int dtype, int64_t rows, int64_t cols, int64_t k, bool gated, bool tf32) {
+        return gemm_scratch(static_cast<DType>(dtype), rows, cols, k, gated, tf32);
+      },
+      "Floats of scratch that a product takes.");
   m.def("linear_bwd", &backward);
   m.def("linear_bwd_scratch", &linear_bwd_scratch, "Floats of scratch that a bias gradient takes.");
 }

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "llmkern/dtype.h"
 #include "ptx.cuh"
@@ -21,6 +23,26 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+template <class F, int... kIndex>
+__device__ inline void static_for(F&& f, std::integer_sequence<int, kIndex...>) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+
+// f(0), f(1) .. f(kCount - 1), each as a constant: offsets made of it fit into an instruction.
+template <int kCount, class F>
+__device__ inline void static_for(F&& f) {
+  static_for(f, std::make_integer_sequence<int, kCount>{});
+}
+
+// Byte offset of a 16-byte unit in a tile of 16-bit rows of kCols in shared memory: unit u of row r
+// stands at u ^ (r % 8), so that eight consecutive rows at one u, which ldmatrix reads at a time,
+// lie in eight distinct bank groups.
+template <int kCols>
+__device__ inline int row_offset(int row, int unit) {
+  static_assert(kCols == 64 || kCols == 128, "a row is 8 or 16 units");
+  return row * (kCols * 2) + ((unit ^ (row & 7)) * 16);
+}
+
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(BFloat16 v) {
   return __uint_as_float(static_cast<uint32_t>(v.bits) << 16);
@@ -28,9 +50,9 @@ __device__ inline float to_float(BFloat16 v) {
 __device__ inline float to_float(Float16 v) { return ptx::cvt_f32_f16(v.bits); }
 
 // The two elements of a 32-bit word, the lower one first.
-__device__ inline float low_half(uint32_t pair, BFloat16) { return __uint_as_float(pair << 16); }
+__device__ inline float low_half(uint32_t pair, BFloat16) { return ptx::shl_b32(pair, 16); }
 __device__ inline float high_half(uint32_t pair, BFloat16) {
-  return __uint_as_float(pair & 0xffff0000u);
+  return ptx::and_b32(pair, 0xffff0000u);
 }
 __device__ inline float low_half(uint32_t pair, Float16) {
   return ptx::cvt_f32_f16(static_cast<uint16_t>(pair));
@@ -95,6 +117,15 @@ __device__ inline void store_vector(T* to, const float (&v)[kPack]) {
 __device__ inline void store_vector(float* to, const float (&v)[kPack]) {
   reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
   reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
+
+// Sum over the warp, the same in each lane.
+__device__ inline float warp_sum(float v) {
+  v += ptx::shfl_sync_bfly<16>(v);
+  v += ptx::shfl_sync_bfly<8>(v);
+  v += ptx::shfl_sync_bfly<4>(v);
+  v += ptx::shfl_sync_bfly<2>(v);
+  return v + ptx::shfl_sync_bfly<1>(v);
 }
 
 // Eight columns of a row from `col` on; those at or past `cols` read as 0. vector: the address of

@@ -21,6 +21,7 @@ namespace llmkern {
 struct EpilogueParams {
   Activation activation;
   bool gated, vector;
+  bool plain;  // vector, and at most a bias is added to one product
   const void* bias[2];
   void* preact[2];
   const void* residual;
@@ -35,9 +36,12 @@ inline EpilogueParams epilogue_params(const LinearEpilogue& e, const GemmShape& 
   const bool vector = s.n % kPack == 0 && aligned(e.bias[0], 0) && aligned(e.bias[1], 0) &&
                       aligned(e.preact[0], s.n) && aligned(e.preact[1], s.n) &&
                       aligned(e.residual, e.residual_stride) && aligned(e.y, e.y_stride);
+  const bool plain = vector && !s.gated && e.activation == Activation::kNone &&
+                     e.preact[0] == nullptr && e.residual == nullptr && e.drop_threshold == 0;
   return {e.activation,
           s.gated,
           vector,
+          plain,
           {e.bias[0], e.bias[1]},
           {e.preact[0], e.preact[1]},
           e.residual,
@@ -138,6 +142,49 @@ __device__ inline void finish_tile(const EpilogueParams& e, const uint8_t* tile,
     read_block<kCols>(at, first & 3, c, z);
     if (e.gated) read_block<kCols>(at, first & 3, c + kCols / 16, u);
     finish_pack<T>(e, columns, row0 + row, z, u);
+  }
+}
+
+// Adds the bias to a warp's fragments: blocks of eight columns, of which this lane holds two from
+// `col` on; n is a multiple of 8.
+template <class T, int kRows, int kBlocks>
+__device__ inline void add_bias_pairs(const void* bias, int col, int n,
+                                      float (&sum)[kRows][kBlocks][4]) {
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    if (col + j * 8 >= n) return;
+    const auto pair =
+        *reinterpret_cast<const uint32_t*>(static_cast<const T*>(bias) + col + j * 8);
+    const float low = low_half(pair, T{}), high = high_half(pair, T{});
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      sum[i][j][0] += low, sum[i][j][1] += high;
+      sum[i][j][2] += low, sum[i][j][3] += high;
+    }
+  }
+}
+
+// The 16-bit tile in shared memory (row_offset<kSide>) to y, 16 bytes at a time.
+template <class T, int kSide, int kThreads>
+__device__ inline void copy_tile(const EpilogueParams& e, int64_t row0, int64_t m, int col0,
+                                 int n) {
+  constexpr int kUnits = kSide / kPack, kStep = kThreads / kUnits;
+  static_assert(kStep % 8 == 0, "the rows of a thread have the same swizzle");
+  const int unit = threadIdx.x % kUnits, first = threadIdx.x / kUnits;
+  if (col0 + unit * kPack >= n) return;
+  const uint8_t* from = shared_bytes + row_offset<kSide>(first, unit);
+  const int64_t step = kStep * e.y_stride, left = m - row0 - first;
+  T* to = static_cast<T*>(e.y) + (row0 + first) * e.y_stride + col0 + unit * kPack;
+  const auto copy = [&](int i) {
+    *reinterpret_cast<uint4*>(to) =
+        *reinterpret_cast<const uint4*>(from + i * kStep * kSide * 2);
+    to += step;
+  };
+  if (m - row0 >= kSide) {
+#pragma unroll
+    for (int i = 0; i < kSide / kStep; ++i) copy(i);
+  } else {
+    for (int i = 0; i * kStep < left; ++i) copy(i);
   }
 }
 

@@ -23,7 +23,7 @@ constexpr int kUnit = 16;  // bytes
 
 struct Operand {
   const void* data[2];  // [1]: the second matrix of a gated product
-  int64_t stride[2];    // elements from one line to the next: rows, or k where kOuter
+  int line_bytes[2];    // from one line to the next: rows, or k where kOuter
   int rows;
 };
 
@@ -42,34 +42,34 @@ struct Tile {
   }
 };
 
-// A thread's part of loading tile after tile along k; each call loads the next one. Rows past the
-// end repeat the last one: they only reach elements of y that do not exist. Past the end of k both
-// operands are filled with 0.
+// A thread's part of loading tile after tile along k: `from` holds the sources of the next one.
+// Rows past the end repeat the last one: they only reach elements of y that do not exist. Past the
+// end of k both operands are filled with 0.
 template <class Element, bool kOuter, int kBlock>
 struct Loader {
   using T = Tile<kOuter, kBlock>;
   static_assert(!kOuter || sizeof(Element) == 2, "ldmatrix.trans turns 16-bit elements over");
   static constexpr int kSize = sizeof(Element);
-  const uint8_t* from[T::kLoads];
-  const uint8_t* nothing;  // readable, for copies of 0 bytes
-  int64_t advance;         // bytes from tile to tile
-  int shared;              // of the first load; the others follow at kStep
-  int unit_bytes;          // kOuter: how much of the unit exists
-  int left;                // of k, from this thread's first element or line on
+  static constexpr int kBlockK = kLineBytes / kSize;
+  uint64_t from[T::kLoads];
+  uint64_t nothing;   // readable, for copies of 0 bytes
+  int64_t line_step;  // kOuter: bytes from tile to tile, else kLineBytes
+  uint32_t shared;    // of the first load in the first stage; the others follow at kStep
+  int unit_bytes;     // kOuter: how much of the unit exists
+  int own_k;          // of this thread's first element or line, in the tile
 
   // The swizzle repeats after kLineStep lines, so loads are a constant apart.
   static_assert(T::kLineStep % 8 == 0, "lines of one thread have the same swizzle");
   static constexpr int kStep = kOuter ? T::kLineStep * kBlock * 2 : T::kLineStep * kLineBytes;
 
-  // What must be left of k for each of this thread's loads to be whole.
-  static constexpr int kWhole = kOuter ? (T::kLoads - 1) * T::kLineStep + 1 : kUnit / kSize;
-
-  // parts: 2 where blocks of eight rows alternate between two matrices. row0 counts rows of one.
-  __device__ Loader(const Operand& o, int row0, int parts, int k_size) {
+  // tile: address in the first stage. parts: 2 where blocks of eight rows alternate between two
+  // matrices. row0 counts rows of one; k0: where the first tile starts.
+  __device__ Loader(const Operand& o, uint32_t tile, int row0, int parts, int k0) {
     const int line = threadIdx.x / T::kLineUnits, unit = threadIdx.x % T::kLineUnits;
-    shared = T::offset(line, unit);
+    shared = tile + T::offset(line, unit);
     unit_bytes = kUnit;
-    left = k_size - (kOuter ? line : unit * (kUnit / kSize));
+    own_k = kOuter ? line : unit * (kUnit / kSize);
+    nothing = ptx::global_address(o.data[0]);
 #pragma unroll
     for (int i = 0; i < T::kLoads; ++i) {
       const int at = line + i * T::kLineStep;
@@ -78,68 +78,87 @@ struct Loader {
       const int part = parts == 2 ? block % 2 : 0;
       const int in_part = parts == 2 ? block / 2 * 8 : block * 8;
       const int row = row0 + in_part + (kOuter ? 0 : at % 8);
-      const auto data = static_cast<const uint8_t*>(o.data[part]);
-      const int64_t line_bytes = o.stride[part] * kSize;
-      nothing = data;
+      const uint64_t data = ptx::global_address(o.data[part]);
+      const int64_t line_bytes = o.line_bytes[part];
       if (kOuter) {
         unit_bytes = min(max((o.rows - row) * 2, 0), kUnit);
-        advance = line_bytes * kOuterLines;
-        from[i] = data + at * line_bytes + (unit_bytes > 0 ? row : 0) * int64_t{2};
+        line_step = line_bytes * kOuterLines;
+        from[i] = data + line_bytes * (k0 + at) + (unit_bytes > 0 ? row : 0) * int64_t{2};
       } else {
-        advance = kLineBytes;
-        from[i] = data + min(row, o.rows - 1) * line_bytes + unit * kUnit;
+        line_step = kLineBytes;
+        from[i] = data + line_bytes * min(row, o.rows - 1) + k0 * int64_t{kSize} + unit * kUnit;
       }
     }
   }
 
-  // Bytes of load i that exist where the tile reaches past the end of k.
-  __device__ int bytes_of(int i) const {
-    if (kOuter) return left > i * T::kLineStep ? unit_bytes : 0;
-    return min(max(left * kSize, 0), kUnit);
+  __device__ void advance(int tiles) {
+#pragma unroll
+    for (int i = 0; i < T::kLoads; ++i) from[i] += tiles * line_step;
   }
 
-  __device__ void operator()(uint32_t stage) {
-    if (left >= kWhole) {
-#pragma unroll
-      for (int i = 0; i < T::kLoads; ++i) {
-        ptx::cp_async_cg_16(stage + shared + i * kStep, from[i], unit_bytes);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < T::kLoads; ++i) {
-        const int bytes = bytes_of(i);
-        ptx::cp_async_cg_16(stage + shared + i * kStep, bytes > 0 ? from[i] : nothing, bytes);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < T::kLoads; ++i) from[i] += advance;
-    left -= kOuter ? kOuterLines : kLineBytes / kSize;
+  // The tile that is kAhead after the one that `from` held when the last round ended, which k has
+  // in full, to the stage kOffset bytes after the first.
+  template <int kAhead, int kOffset>
+  __device__ void load_ahead() {
+    static_for<T::kLoads>([&](auto i) {
+      ptx::cp_async_cg_16<kOffset + i.value * kStep, kOuter ? 0 : kAhead * kLineBytes>(
+          shared, from[i.value], kOuter ? unit_bytes : kUnit);
+    });
+    if (kOuter) advance(1);  // a distance that the instruction cannot hold
+  }
+
+  __device__ void end_round(int tiles) {
+    if (!kOuter) advance(tiles);
+  }
+
+  // The same of a tile that k ends in; left: of k, from its start on.
+  template <int kAhead, int kOffset>
+  __device__ void load_part(int left) {
+    const int own = left - own_k;
+    static_for<T::kLoads>([&](auto i) {
+      const int bytes = kOuter ? (own > i.value * T::kLineStep ? unit_bytes : 0)
+                               : min(max(own * kSize, 0), kUnit);
+      constexpr int kShift = kOuter ? 0 : kAhead * kLineBytes;
+      ptx::cp_async_cg_16<kOffset + i.value * kStep>(
+          shared, bytes > 0 ? from[i.value] + kShift : nothing, bytes);
+    });
+    if (kOuter) advance(1);
   }
 };
 
-// Where a lane's row of the ldmatrix is that gives fragments of 16 rows x 32 bytes of k,
-// kRowsFirst: the second of the four 8x8 matrices is the next eight rows (operand A) or the next
-// eight k (B).
+// Where a lane's row of the ldmatrix is that gives fragments of 16 rows x 32 bytes of k: one
+// address for each offset that the swizzle makes other than a constant. kRowsFirst: the second of
+// the four 8x8 matrices is the next eight rows (operand A) or the next eight k (B).
 template <bool kOuter, int kBlock, bool kRowsFirst>
 struct Fragments {
-  int lane_offset;
+  static constexpr int kSteps = kLineBytes / 32, kBlocks = kBlock / 32;
+  static constexpr int kAddresses = kOuter ? kBlocks : kSteps;
+  uint32_t at[kAddresses];
 
-  __device__ explicit Fragments(int first_row) {
+  // tile: address in the first stage. first_row is a multiple of 32 or more and so leaves alone
+  // the bits that the swizzle and these offsets change.
+  __device__ Fragments(uint32_t tile, int first_row) {
     const int lane = threadIdx.x % kWarp;
     const int second = (lane / 8) & 1, third = lane / 16;
     const int rows8 = kRowsFirst ? second : third, k8 = kRowsFirst ? third : second;
-    lane_offset = kOuter ? Tile<kOuter, kBlock>::offset(k8 * 8 + lane % 8, first_row / 8 + rows8)
-                         : Tile<kOuter, kBlock>::offset(first_row + rows8 * 8 + lane % 8, k8);
+    const int offset =
+        kOuter ? Tile<kOuter, kBlock>::offset(k8 * 8 + lane % 8, first_row / 8 + rows8)
+               : Tile<kOuter, kBlock>::offset(first_row + rows8 * 8 + lane % 8, k8);
+#pragma unroll
+    for (int i = 0; i < kAddresses; ++i) {
+      at[i] = tile + (offset ^ (i * 2 * kUnit));
+      ptx::keep(at[i]);
+    }
   }
 
-  // Rows block * 16 .. + 15 from the first, k step * 16 .. + 15. Exact because first_row is a
-  // multiple of 32 or more and so leaves alone the bits that the swizzle and these offsets change.
-  __device__ void load(uint32_t (&r)[4], uint32_t stage, int block, int step) const {
-    if (kOuter) {
-      ptx::ldmatrix_x4_trans(r,
-                             stage + (lane_offset ^ (block * 2 * kUnit)) + step * 16 * kBlock * 2);
+  // Rows kIndex * 16 .. + 15 from the first, k kStep * 16 .. + 15, of the stage kOffset + offset
+  // bytes after the first.
+  template <int kIndex, int kStep, int kOffset>
+  __device__ void load(uint32_t (&r)[4], uint32_t offset) const {
+    if constexpr (kOuter) {
+      ptx::ldmatrix_x4_trans<kOffset + kStep * 16 * kBlock * 2>(r, at[kIndex] + offset);
     } else {
-      ptx::ldmatrix_x4(r, stage + (lane_offset ^ (step * 2 * kUnit)) + block * 16 * kLineBytes);
+      ptx::ldmatrix_x4<kOffset + kIndex * 16 * kLineBytes>(r, at[kStep] + offset);
     }
   }
 };

@@ -15,9 +15,11 @@ void norm_fwd(const NormFwdArgs& a, const Place& place);
 int64_t norm_bwd_scratch(int64_t rows, int64_t cols);
 void norm_bwd(const NormBwdArgs& a, const Place& place);
 
-// 16-bit operands: one stride of each is 1, the other a multiple of 16 bytes, data 16-byte aligned;
+// 16-bit operands: one stride of each is 1, the other a multiple of 16 bytes and less than 2^31 of
+// them, data 16-byte aligned;
 // where k is not the contiguous dim of a, it is not that of b either. float with tf32: the same,
-// and k is contiguous; else any strides. scratch is not used.
+// and k is contiguous; else any strides. scratch: gemm_scratch floats, aligned to 16 bytes.
+int64_t gemm_scratch(DType dtype, int64_t m, int64_t n, int64_t k, bool gated, bool tf32);
 void gemm(const GemmArgs& g, bool tf32, const Place& place);
 void gemm_ieee(const GemmArgs& g, const Place& place);  // float, as gemm calls it
 

@@ -1,10 +1,14 @@
 // Shared by norm_fwd.cu and norm_bwd.cu: how rows are laid over threads, and sums over a row.
 //
-// A group of `lanes` threads (a power of two) holds one row in registers, kRowPacks packs of eight
-// elements a thread: pack c of thread l is columns 8 (c * lanes + l) .. + 7, so that neighbouring
-// threads read neighbouring 16 bytes. A block holds threads / lanes groups, each group several rows
-// one after another with the weights kept in registers. Rows longer than kMaxRowCols are read again
-// for each pass by a block of kLoopThreads (the *_loop kernels).
+// A group of `lanes` threads holds one row in registers, up to kRowPacks packs of eight elements a
+// thread: pack c of thread l is columns 8 (c * lanes + l) .. + 7, so that neighbouring threads read
+// neighbouring 16 bytes. Up to 32 lanes (a power of two) several groups share a block; longer rows
+// have a block each. Each group takes several rows one after another with the weights kept in
+// registers. Rows longer than kMaxRowCols are read again for each pass by a block of kLoopThreads
+// (the *_loop kernels).
+//
+// Exact kernels (kExact 3 or 4: that many packs in each of whole warps, all accesses 16 bytes) test
+// nothing in the loop; model widths are of that kind: 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192.
 #pragma once
 
 #include "common.cuh"
@@ -24,42 +28,66 @@ struct RowPlan {
   int lanes;           // threads a row
   int threads;         // a block
   int rows_per_group;  // one after another
+  int exact;           // packs of every thread; 0: not all have the same
 };
 
 // Fewest threads that hold the row; at least a warp where there are that many packs, so that no
 // thread holds several packs while others idle.
 inline RowPlan row_plan(int64_t cols, int rows_per_group) {
   const int64_t packs = ceil_div(cols, kPack);
-  int lanes = 1;
+  int lanes = 1, exact = 0;
   while (lanes < packs && lanes < kWarp) lanes *= 2;
-  while (lanes * kRowPacks < packs) lanes *= 2;
-  return {lanes, lanes > kRowThreads ? lanes : kRowThreads, rows_per_group};
+  if (packs > kWarp * kRowPacks) lanes = static_cast<int>(ceil_div(packs, kWarp * kRowPacks)) * kWarp;
+  for (int each : {3, 4}) {
+    const int64_t unit = kWarp * kPack * each;
+    if (cols % unit == 0 && cols / unit <= kMaxRowThreads / kWarp) exact = each;
+  }
+  if (exact > 0) lanes = static_cast<int>(packs) / exact;
+  return {lanes, lanes > kWarp ? lanes : kRowThreads, rows_per_group, exact};
 }
 
-// Sum over the group's threads, the same value in each, in an order that depends on `lanes` alone.
-// Groups of more than a warp meet in shared memory; successive sums take turns between two sets of
-// slots, so one barrier a sum is enough.
+// f(integral_constant<int, kExact>). T: exact kernels exist where x and y have one type.
+template <class X, class T, class F>
+void dispatch_exact(const RowPlan& plan, bool vector, F&& f) {
+  if constexpr (std::is_same_v<X, T>) {
+    if (vector && plan.exact == 4) return f(std::integral_constant<int, 4>{});
+    if (vector && plan.exact == 3) return f(std::integral_constant<int, 3>{});
+  }
+  f(std::integral_constant<int, 0>{});
+}
+
+// Sums over the group's threads, the same value in each, in an order that depends on `lanes` alone.
+// A block's warps meet in shared memory; successive sums take turns between two sets of slots, so
+// one barrier a sum is enough.
 struct GroupSum {
-  float* slots;  // [2][kReduceSlots]
+  float* slots;  // [2][kReduceSlots], 16-byte aligned; those without a warp hold 0
   int lanes;
   int turn = 0;
 
+  __device__ GroupSum(uint8_t* shared, int lanes)
+      : slots(reinterpret_cast<float*>(shared)), lanes(lanes) {
+    if (lanes <= kWarp) return;
+    if (threadIdx.x < 2 * kReduceSlots) slots[threadIdx.x] = 0.0f;
+    __syncthreads();
+  }
+
   __device__ float operator()(float v) {
-    for (int step = min(lanes, kWarp) / 2; step > 0; step /= 2) {
-      v += __shfl_xor_sync(kAllLanes, v, step);
+    if (lanes >= kWarp) {
+      v = warp_sum(v);
+    } else {
+      for (int step = lanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
     }
     if (lanes <= kWarp) return v;
-    float* mine = slots + turn * kReduceSlots;
-    turn ^= 1;
-    const int warp = threadIdx.x / kWarp, warps = lanes / kWarp;
-    if (threadIdx.x % kWarp == 0) mine[warp] = v;
+    float* mine = slots + turn;
+    turn ^= kReduceSlots;
+    if (threadIdx.x % kWarp == 0) mine[threadIdx.x / kWarp] = v;
     __syncthreads();
-    const int first = warp / warps * warps;
-    float sum = 0.0f;
-    for (int w = first; w < first + warps; ++w) sum += mine[w];
-    return sum;
+    const float4 a = reinterpret_cast<const float4*>(mine)[0];
+    const float4 b = reinterpret_cast<const float4*>(mine)[1];
+    return ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
   }
 };
+static_assert(kReduceSlots == 8, "GroupSum reads two float4");
 
 struct RowPlace {
   int lane;       // in the group
@@ -67,9 +95,10 @@ struct RowPlace {
 };
 
 __device__ inline RowPlace row_place(int lanes) {
-  const int groups = blockDim.x / lanes;
-  return {static_cast<int>(threadIdx.x) % lanes,
-          static_cast<int64_t>(blockIdx.x) * groups + threadIdx.x / lanes};
+  if (lanes > kWarp) return {static_cast<int>(threadIdx.x), static_cast<int64_t>(blockIdx.x)};
+  const int shift = __ffs(lanes) - 1;  // lanes is a power of two
+  return {static_cast<int>(threadIdx.x) & (lanes - 1),
+          static_cast<int64_t>(blockIdx.x) * (kRowThreads >> shift) + (threadIdx.x >> shift)};
 }
 
 // What the device needs of NormShape.
@@ -106,11 +135,15 @@ __device__ inline void clear_missing(float (&v)[kPack], int col, const NormScala
 // The scale of eight columns: weight, + 1 with unit_offset, 1 without a weight.
 __device__ inline void load_scale(const NormScalars& s, const void* weight, int col,
                                   float (&w)[kPack]) {
-  if (weight != nullptr) load_pack_as(s.weight_dtype, weight, col, s.cols, s.vector, w);
+  if (weight == nullptr) {
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    w[i] = weight == nullptr ? 1.0f : s.unit_offset ? w[i] + 1.0f : w[i];
+    for (int i = 0; i < kPack; ++i) w[i] = 1.0f;
+    return;
   }
+  load_pack_as(s.weight_dtype, weight, col, s.cols, s.vector, w);
+  if (!s.unit_offset) return;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) w[i] += 1.0f;
 }
 
 // f(X{}, T{}): dtypes of x and of everything else.

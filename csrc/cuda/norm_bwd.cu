@@ -4,7 +4,7 @@
 //   dz = rstd (g - xhat mean(g xhat) - mean(g)) (+ dz that reached z itself);  dx = drop(dz)
 //   dweight = sum over rows of dy xhat;  dbias = sum over rows of dy
 //
-// (rms: without mean(g)). The weight gradients of a group's rows stay in registers, groups of a
+// (rms: without mean(g)). The weight gradients of a group's rows stay in registers, warps of a
 // block are added in shared memory one after another, blocks by column_sums: no atomics, so the
 // result does not depend on scheduling.
 #include "columns.cuh"
@@ -26,52 +26,57 @@ struct BwdParams {
   const void* dz;
   void *dx, *dresidual;
   float* partial;  // null, or [blocks][2][cols]: sums of dy xhat, of dy
+  bool sums[2];    // which of the two are wanted
   int lanes, rows_per_group;
 };
 
-template <class T>
+template <class T, bool kWhole>
 __device__ inline void load_xhat_dy(const BwdParams& p, int64_t row, int col, float mean,
                                     float rstd, float (&xhat)[kPack], float (&dy)[kPack]) {
   const NormScalars& s = p.s;
-  load_pack(static_cast<const T*>(p.z) + row * p.z_stride, col, s.cols, s.vector, xhat);
-  load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride, col, s.cols, s.vector, dy);
+  load_pack(static_cast<const T*>(p.z) + row * p.z_stride, col, s.cols, kWhole || s.vector, xhat);
+  load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride, col, s.cols, kWhole || s.vector, dy);
 #pragma unroll
   for (int i = 0; i < kPack; ++i) xhat[i] = (xhat[i] - mean) * rstd;
-  clear_missing(xhat, col, s);
+  if (!kWhole) clear_missing(xhat, col, s);
 }
 
 struct Means {
   float gx, g;  // of g xhat, of g (0 for rms)
 };
 
+// g = dy w.
 template <class X, class T>
-__device__ inline void store_gradient(const BwdParams& p, int64_t row, int col, float rstd,
-                                      Means mean, const float (&xhat)[kPack],
-                                      const float (&dy)[kPack], const float (&w)[kPack]) {
+__device__ inline void store_gradient(const BwdParams& p, int64_t row, int col, bool vector,
+                                      float rstd, Means mean, const float (&xhat)[kPack],
+                                      const float (&g)[kPack]) {
   const NormScalars& s = p.s;
+  const float slope = -mean.gx * rstd, shift = -mean.g * rstd;
   float d[kPack];
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) d[i] = (dy[i] * w[i] - xhat[i] * mean.gx - mean.g) * rstd;
+  for (int i = 0; i < kPack; ++i) d[i] = fmaf(g[i], rstd, fmaf(xhat[i], slope, shift));
   if (p.dz != nullptr) {
     float dz[kPack];
-    load_pack(static_cast<const T*>(p.dz) + row * s.cols, col, s.cols, s.vector, dz);
+    load_pack(static_cast<const T*>(p.dz) + row * s.cols, col, s.cols, vector, dz);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) d[i] += dz[i];
   }
   if (p.dresidual != nullptr) {
-    store_pack(static_cast<T*>(p.dresidual) + row * s.cols, col, s.cols, s.vector, d);
+    store_pack(static_cast<T*>(p.dresidual) + row * s.cols, col, s.cols, vector, d);
   }
   if (s.dropout.threshold != 0) drop_pack(s.dropout, row * s.cols + col, d);
-  store_pack(static_cast<X*>(p.dx) + row * s.cols, col, s.cols, s.vector, d);
+  store_pack(static_cast<X*>(p.dx) + row * s.cols, col, s.cols, vector, d);
 }
 
-// Adds v of the block's groups, which hold the same columns, into the last group's; first within a
-// warp, then from group to group through shared memory, laid out so that a warp's 16-byte accesses
-// are contiguous.
-__device__ inline void sum_groups(int lanes, int lane, float (&v)[kRowPacks][kPack]) {
+// Adds v of the block's groups, which hold the same columns, and stores the sums: first within a
+// warp, then from warp to warp through shared memory, from which all threads write the row 16
+// bytes each. Half h of pack c of slot l is float4 (2c + h) * (width + 4) + l: a warp's writes are
+// contiguous, and its reads, in the order of the row, take halves from banks 64 bytes apart.
+template <int kPacks>
+__device__ inline void store_sums(int lanes, int cols, float* row, float (&v)[kPacks][kPack]) {
   if (lanes < kWarp) {
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
+    for (int c = 0; c < kPacks; ++c) {
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
         for (int step = lanes; step < kWarp; step *= 2) {
@@ -81,87 +86,89 @@ __device__ inline void sum_groups(int lanes, int lane, float (&v)[kRowPacks][kPa
     }
   }
   const int width = max(lanes, kWarp);  // threads that hold distinct sums
-  const int slot = threadIdx.x % width, group = threadIdx.x / width;
-  const int groups = blockDim.x / width;
-  auto carry = reinterpret_cast<float4*>(shared_bytes);  // [kRowPacks * 2][width]
-  for (int turn = 0; turn < groups; ++turn) {
+  const int turns = lanes > kWarp ? 1 : kRowThreads / kWarp;
+  const int own = lanes > kWarp ? 0 : threadIdx.x / kWarp;
+  const int slot = lanes > kWarp ? threadIdx.x : threadIdx.x % kWarp;
+  auto carry = reinterpret_cast<float4*>(shared_bytes);
+  for (int turn = 0; turn < turns; ++turn) {
     __syncthreads();
-    if (turn != group) continue;
+    if (turn != own) continue;
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float* mine = v[c] + 4 * half;
-        float4& place = carry[(2 * c + half) * width + slot];
-        if (turn > 0) {
-          const float4 sum = place;
-          mine[0] += sum.x, mine[1] += sum.y, mine[2] += sum.z, mine[3] += sum.w;
-        }
-        if (turn + 1 < groups) place = make_float4(mine[0], mine[1], mine[2], mine[3]);
+    for (int h = 0; h < 2 * kPacks; ++h) {
+      float* mine = v[h / 2] + 4 * (h % 2);
+      float4& place = carry[h * (width + 4) + slot];
+      if (turn > 0) {
+        const float4 sum = place;
+        mine[0] += sum.x, mine[1] += sum.y, mine[2] += sum.z, mine[3] += sum.w;
       }
+      place = make_float4(mine[0], mine[1], mine[2], mine[3]);
     }
   }
-}
-
-__device__ inline void store_partial(const BwdParams& p, int kind, int lane,
-                                     const float (&v)[kRowPacks][kPack]) {
-  float* row = p.partial + (static_cast<int64_t>(blockIdx.x) * 2 + kind) * p.s.cols;
-#pragma unroll
-  for (int c = 0; c < kRowPacks; ++c) {
-    const int col = (c * p.lanes + lane) * kPack;
-    if (col < p.s.cols) store_pack(row, col, p.s.cols, p.s.cols % kPack == 0, v[c]);
+  __syncthreads();
+  const bool vector = cols % 4 == 0;
+  for (int q = threadIdx.x; q * 4 < cols; q += blockDim.x) {
+    const int pack = q / 2, c = pack / lanes;
+    const float4 sum = carry[(2 * c + q % 2) * (width + 4) + pack % lanes];
+    if (vector) {
+      reinterpret_cast<float4*>(row)[q] = sum;
+      continue;
+    }
+    const float each[4] = {sum.x, sum.y, sum.z, sum.w};
+    for (int i = 0; i < 4 && q * 4 + i < cols; ++i) row[q * 4 + i] = each[i];
   }
 }
 
-template <class X, class T>
+template <class X, class T, int kExact>
 __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_kernel(const BwdParams p) {
+  constexpr int kPacks = kExact > 0 ? kExact : kRowPacks;
   const NormScalars& s = p.s;
-  const auto [lane, group] = row_place(p.lanes);
-  GroupSum total{reinterpret_cast<float*>(shared_bytes), p.lanes};
-  float w[kRowPacks][kPack], dw[kRowPacks][kPack], db[kRowPacks][kPack];
+  const bool vector = kExact > 0 || s.vector;
+  const RowPlace place = row_place(p.lanes);
+  const int lane = place.lane;
+  GroupSum total(shared_bytes, p.lanes);
+  float w[kPacks][kPack], dw[kPacks][kPack] = {}, db[kPacks][kPack] = {};
 #pragma unroll
-  for (int c = 0; c < kRowPacks; ++c) {
+  for (int c = 0; c < kPacks; ++c) {
     const int col = (c * p.lanes + lane) * kPack;
-    if (col < s.cols) load_scale(s, p.weight, col, w[c]);
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) dw[c][i] = db[c][i] = 0.0f;
+    if (kExact > 0 || col < s.cols) load_scale(s, p.weight, col, w[c]);
   }
   for (int r = 0; r < p.rows_per_group; ++r) {
-    const int64_t row = group * p.rows_per_group + r;
+    const int64_t row = place.group * p.rows_per_group + r;
     const bool active = row < s.rows;  // others still take part in the sums
+    if (kExact > 0 && !active) break;
+    const auto here = [&](int c) {
+      return kExact > 0 || (active && (c * p.lanes + lane) * kPack < s.cols);
+    };
     const float mean = active && !s.rms ? p.mean[row] : 0.0f;
     const float rstd = active ? p.rstd[row] : 0.0f;
-    float xhat[kRowPacks][kPack], dy[kRowPacks][kPack];
-    float gx = 0.0f, g = 0.0f;
+    float xhat[kPacks][kPack], g[kPacks][kPack];
+    float sum_gx = 0.0f, sum_g = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
-      const int col = (c * p.lanes + lane) * kPack;
-      if (!active || col >= s.cols) continue;
-      load_xhat_dy<T>(p, row, col, mean, rstd, xhat[c], dy[c]);
+    for (int c = 0; c < kPacks; ++c) {
+      if (!here(c)) continue;
+      load_xhat_dy<T, (kExact > 0)>(p, row, (c * p.lanes + lane) * kPack, mean, rstd, xhat[c],
+                                    g[c]);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const float gi = dy[c][i] * w[c][i];
-        gx += gi * xhat[c][i];
-        g += gi;
-        dw[c][i] += dy[c][i] * xhat[c][i];
-        db[c][i] += dy[c][i];
+        dw[c][i] += g[c][i] * xhat[c][i];
+        db[c][i] += g[c][i];
+        g[c][i] *= w[c][i];
+        sum_gx += g[c][i] * xhat[c][i];
+        sum_g += g[c][i];
       }
     }
     if (p.dx == nullptr) continue;
-    const Means means{total(gx) * s.inv_cols, s.rms ? 0.0f : total(g) * s.inv_cols};
-    if (!active) continue;
+    const Means means{total(sum_gx) * s.inv_cols, s.rms ? 0.0f : total(sum_g) * s.inv_cols};
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
-      const int col = (c * p.lanes + lane) * kPack;
-      if (col < s.cols) store_gradient<X, T>(p, row, col, rstd, means, xhat[c], dy[c], w[c]);
+    for (int c = 0; c < kPacks; ++c) {
+      if (!here(c)) continue;
+      store_gradient<X, T>(p, row, (c * p.lanes + lane) * kPack, vector, rstd, means, xhat[c],
+                           g[c]);
     }
   }
-  if (p.partial == nullptr) return;
-  sum_groups(p.lanes, lane, dw);
-  sum_groups(p.lanes, lane, db);
-  if (threadIdx.x < blockDim.x - p.lanes) return;
-  store_partial(p, 0, lane, dw);
-  store_partial(p, 1, lane, db);
+  float* partial = p.partial + static_cast<int64_t>(blockIdx.x) * 2 * s.cols;
+  if (p.sums[0]) store_sums<kPacks>(p.lanes, s.cols, partial, dw);
+  if (p.sums[1]) store_sums<kPacks>(p.lanes, s.cols, partial + s.cols, db);
 }
 
 // One block a row, two passes over it; for the input gradient alone.
@@ -170,12 +177,12 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_loop_kernel(const BwdPa
   const NormScalars& s = p.s;
   const int64_t row = blockIdx.x;
   const int first = threadIdx.x * kPack, step = kLoopThreads * kPack;
-  GroupSum total{reinterpret_cast<float*>(shared_bytes), kLoopThreads};
+  GroupSum total(shared_bytes, kLoopThreads);
   const float mean = s.rms ? 0.0f : p.mean[row], rstd = p.rstd[row];
   float xhat[kPack], dy[kPack], w[kPack];
   float gx = 0.0f, g = 0.0f;
   for (int col = first; col < s.cols; col += step) {
-    load_xhat_dy<T>(p, row, col, mean, rstd, xhat, dy);
+    load_xhat_dy<T, false>(p, row, col, mean, rstd, xhat, dy);
     load_scale(s, p.weight, col, w);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
@@ -186,9 +193,11 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_loop_kernel(const BwdPa
   }
   const Means means{total(gx) * s.inv_cols, s.rms ? 0.0f : total(g) * s.inv_cols};
   for (int col = first; col < s.cols; col += step) {
-    load_xhat_dy<T>(p, row, col, mean, rstd, xhat, dy);
+    load_xhat_dy<T, false>(p, row, col, mean, rstd, xhat, dy);
     load_scale(s, p.weight, col, w);
-    store_gradient<X, T>(p, row, col, rstd, means, xhat, dy, w);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) dy[i] *= w[i];
+    store_gradient<X, T>(p, row, col, s.vector, rstd, means, xhat, dy);
   }
 }
 
@@ -203,7 +212,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_columns_kernel(const Bw
     const int64_t row = static_cast<int64_t>(blockIdx.x) * p.rows_per_group + r;
     if (row >= s.rows) break;
     float xhat[kPack], dy[kPack];
-    load_xhat_dy<T>(p, row, col, s.rms ? 0.0f : p.mean[row], p.rstd[row], xhat, dy);
+    load_xhat_dy<T, false>(p, row, col, s.rms ? 0.0f : p.mean[row], p.rstd[row], xhat, dy);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
       dw[i] += dy[i] * xhat[i];
@@ -215,12 +224,12 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_columns_kernel(const Bw
   store_pack(partial + s.cols, col, s.cols, s.cols % kPack == 0, db);
 }
 
-// Blocks that the weight gradient is summed in: as many as fill a large card; no more than 1 / 16
+// Blocks that the weight gradient is summed in: as many as fill a large card; no more than 1 / 36
 // of the rows, so that partial sums stay a small part of the bytes moved.
 constexpr int kMaxParts = 256;
 
 int64_t bwd_parts(int64_t rows) {
-  const int64_t parts = ceil_div(rows, 16);
+  const int64_t parts = ceil_div(rows, 36);
   return parts < kMaxParts ? parts : kMaxParts;
 }
 
@@ -242,7 +251,7 @@ BwdParams bwd_params(const NormBwdArgs& a, const BwdPlan& plan) {
                       is_vector(a.dy, a.dy_stride, s.dtype) &&
                       is_vector(a.weight, 0, s.weight_dtype) && is_vector(a.dz, s.cols, s.dtype) &&
                       is_vector(a.dx, s.cols, s.x_dtype) && is_vector(a.dresidual, s.cols, s.dtype);
-  const bool sums = a.dweight != nullptr || a.dbias != nullptr;
+  const bool sums[2] = {a.dweight != nullptr, a.dbias != nullptr};
   return {norm_scalars(s, vector),
           a.z,
           a.z_stride,
@@ -254,7 +263,8 @@ BwdParams bwd_params(const NormBwdArgs& a, const BwdPlan& plan) {
           a.dz,
           a.dx,
           a.dresidual,
-          sums ? static_cast<float*>(a.scratch) : nullptr,
+          sums[0] || sums[1] ? static_cast<float*>(a.scratch) : nullptr,
+          {sums[0], sums[1]},
           plan.row.lanes,
           plan.row.rows_per_group};
 }
@@ -262,7 +272,7 @@ BwdParams bwd_params(const NormBwdArgs& a, const BwdPlan& plan) {
 size_t bwd_shared_bytes(const RowPlan& row) {
   const size_t reduce = 2 * kReduceSlots * sizeof(float);
   const size_t width = row.lanes > kWarp ? row.lanes : kWarp;
-  const size_t carry = width * kRowPacks * kPack * sizeof(float);
+  const size_t carry = (width + 4) * kRowPacks * kPack * sizeof(float);
   return carry > reduce ? carry : reduce;
 }
 
@@ -298,8 +308,11 @@ void norm_bwd(const NormBwdArgs& a, const Place& place) {
     long_rows(a, plan, place);
   } else if (s.rows > 0) {
     dispatch_norm(s, [&](auto x, auto t) {
-      launch("norm_bwd", norm_bwd_kernel<decltype(x), decltype(t)>, dim3(plan.blocks),
-             plan.row.threads, bwd_shared_bytes(plan.row), place, bwd_params(a, plan));
+      const BwdParams params = bwd_params(a, plan);
+      dispatch_exact<decltype(x), decltype(t)>(plan.row, params.s.vector, [&](auto exact) {
+        launch("norm_bwd", norm_bwd_kernel<decltype(x), decltype(t), exact.value>,
+               dim3(plan.blocks), plan.row.threads, bwd_shared_bytes(plan.row), place, params);
+      });
     });
   }
   void* outputs[2] = {a.dweight, a.dbias};

@@ -37,12 +37,14 @@ __device__ inline void load_z(const FwdParams& p, int64_t row, int col, float (&
   }
 }
 
-// z becomes z - mean; gives the sum of its squares. Columns that do not exist become 0.
+// z becomes z - mean; gives the sum of its squares. Columns that do not exist become 0; kWhole:
+// there are none.
+template <bool kWhole>
 __device__ inline float centre(float (&z)[kPack], float mean, int col, const NormScalars& s) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPack; ++i) z[i] -= mean;
-  clear_missing(z, col, s);
+  if (!kWhole) clear_missing(z, col, s);
 #pragma unroll
   for (int i = 0; i < kPack; ++i) sum += z[i] * z[i];
   return sum;
@@ -53,13 +55,13 @@ __device__ inline float sum_of(const float (&z)[kPack]) {
 }
 
 template <class T>
-__device__ inline void store_y(const FwdParams& p, int64_t row, int col,
+__device__ inline void store_y(const FwdParams& p, int64_t row, int col, bool vector,
                                const float (&centred)[kPack], float rstd, const float (&w)[kPack],
                                const float (&b)[kPack]) {
   float y[kPack];
 #pragma unroll
   for (int i = 0; i < kPack; ++i) y[i] = centred[i] * rstd * w[i] + b[i];
-  store_pack(static_cast<T*>(p.y) + row * p.s.cols, col, p.s.cols, p.s.vector, y);
+  store_pack(static_cast<T*>(p.y) + row * p.s.cols, col, p.s.cols, vector, y);
 }
 
 __device__ inline void store_statistics(const FwdParams& p, int64_t row, float mean, float rstd) {
@@ -75,47 +77,78 @@ __device__ inline void load_affine(const FwdParams& p, int col, float (&w)[kPack
   if (p.bias != nullptr) load_pack_as(p.s.weight_dtype, p.bias, col, p.s.cols, p.s.vector, b);
 }
 
-template <class X, class T>
-__global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_kernel(const FwdParams p) {
+// A lane's packs of z of one row, kept where it is wanted; gives their sum (0 for rms). here(c):
+// whether the lane has pack c of this row.
+template <class X, class T, int kPacks, bool kVector, class Here>
+__device__ inline float load_row(const FwdParams& p, int64_t row, int lane, Here&& here,
+                                 float (&z)[kPacks][kPack]) {
   const NormScalars& s = p.s;
-  const auto [lane, group] = row_place(p.lanes);
-  GroupSum total{reinterpret_cast<float*>(shared_bytes), p.lanes};
-  float w[kRowPacks][kPack], b[kRowPacks][kPack];
+  const bool vector = kVector || s.vector;
+  const auto each = [&](auto&& f) {
 #pragma unroll
-  for (int c = 0; c < kRowPacks; ++c) {
+    for (int c = 0; c < kPacks; ++c) {
+      if (here(c)) f((c * p.lanes + lane) * kPack, z[c]);
+    }
+  };
+  const X* x = static_cast<const X*>(p.x) + row * p.x_stride;
+  each([&](int col, float(&v)[kPack]) { load_pack(x, col, s.cols, vector, v); });
+  if (s.dropout.threshold != 0) {
+    each([&](int col, float(&v)[kPack]) { drop_pack(s.dropout, row * s.cols + col, v); });
+  }
+  if (p.residual != nullptr) {
+    const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
+    each([&](int col, float(&v)[kPack]) {
+      float r[kPack];
+      load_pack(residual, col, s.cols, vector, r);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) v[i] += r[i];
+      round_to(v, T{});
+    });
+  }
+  if (p.z != nullptr) {
+    T* kept = static_cast<T*>(p.z) + row * s.cols;
+    each([&](int col, float(&v)[kPack]) { store_pack(kept, col, s.cols, vector, v); });
+  }
+  float sum = 0.0f;
+  if (!s.rms) each([&](int, float(&v)[kPack]) { sum += sum_of(v); });
+  return sum;
+}
+
+template <class X, class T, int kExact>
+__global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_kernel(const FwdParams p) {
+  constexpr int kPacks = kExact > 0 ? kExact : kRowPacks;
+  const NormScalars& s = p.s;
+  const RowPlace place = row_place(p.lanes);
+  const int lane = place.lane;
+  GroupSum total(shared_bytes, p.lanes);
+  float w[kPacks][kPack], b[kPacks][kPack];
+#pragma unroll
+  for (int c = 0; c < kPacks; ++c) {
     const int col = (c * p.lanes + lane) * kPack;
-    if (col < s.cols) load_affine(p, col, w[c], b[c]);
+    if (kExact > 0 || col < s.cols) load_affine(p, col, w[c], b[c]);
   }
   for (int r = 0; r < p.rows_per_group; ++r) {
-    const int64_t row = group * p.rows_per_group + r;
+    const int64_t row = place.group * p.rows_per_group + r;
     const bool active = row < s.rows;  // others still take part in the sums
-    float z[kRowPacks][kPack];
-    float sum = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
-      const int col = (c * p.lanes + lane) * kPack;
-      if (active && col < s.cols) {
-        load_z<X, T>(p, row, col, z[c]);
-        if (p.z != nullptr) {
-          store_pack(static_cast<T*>(p.z) + row * s.cols, col, s.cols, s.vector, z[c]);
-        }
-        if (!s.rms) sum += sum_of(z[c]);
-      }
-    }
+    if (kExact > 0 && !active) return;
+    const auto here = [&](int c) {
+      return kExact > 0 || (active && (c * p.lanes + lane) * kPack < s.cols);
+    };
+    float z[kPacks][kPack];
+    const float sum = load_row<X, T, kPacks, (kExact > 0)>(p, row, lane, here, z);
     const float mean = s.rms ? 0.0f : total(sum) * s.inv_cols;
     float square = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
-      const int col = (c * p.lanes + lane) * kPack;
-      if (active && col < s.cols) square += centre(z[c], mean, col, s);
+    for (int c = 0; c < kPacks; ++c) {
+      if (here(c)) square += centre<(kExact > 0)>(z[c], mean, (c * p.lanes + lane) * kPack, s);
     }
     const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
-    if (!active) continue;
-    if (lane == 0) store_statistics(p, row, mean, rstd);
+    if (active && lane == 0) store_statistics(p, row, mean, rstd);
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
-      const int col = (c * p.lanes + lane) * kPack;
-      if (col < s.cols) store_y<T>(p, row, col, z[c], rstd, w[c], b[c]);
+    for (int c = 0; c < kPacks; ++c) {
+      if (!here(c)) continue;
+      store_y<T>(p, row, (c * p.lanes + lane) * kPack, kExact > 0 || s.vector, z[c], rstd, w[c],
+                 b[c]);
     }
   }
 }
@@ -126,7 +159,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
   const NormScalars& s = p.s;
   const int64_t row = blockIdx.x;
   const int first = threadIdx.x * kPack, step = kLoopThreads * kPack;
-  GroupSum total{reinterpret_cast<float*>(shared_bytes), kLoopThreads};
+  GroupSum total(shared_bytes, kLoopThreads);
   float z[kPack];
   float mean = 0.0f, square = 0.0f;
   if (!s.rms) {
@@ -139,7 +172,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
   }
   for (int col = first; col < s.cols; col += step) {
     load_z<X, T>(p, row, col, z);
-    square += centre(z, mean, col, s);
+    square += centre<false>(z, mean, col, s);
   }
   const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
   if (threadIdx.x == 0) store_statistics(p, row, mean, rstd);
@@ -148,8 +181,8 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
     load_z<X, T>(p, row, col, z);
     if (p.z != nullptr) store_pack(static_cast<T*>(p.z) + row * s.cols, col, s.cols, s.vector, z);
     load_affine(p, col, w, b);
-    centre(z, mean, col, s);
-    store_y<T>(p, row, col, z, rstd, w, b);
+    centre<false>(z, mean, col, s);
+    store_y<T>(p, row, col, s.vector, z, rstd, w, b);
   }
 }
 
@@ -193,9 +226,12 @@ void norm_fwd(const NormFwdArgs& a, const Place& place) {
              fwd_params(a, plan));
       return;
     }
-    const int64_t block_rows = plan.threads / plan.lanes * plan.rows_per_group;
-    launch("norm_fwd", norm_fwd_kernel<X, T>, dim3(ceil_div(s.rows, block_rows)), plan.threads,
-           shared, place, fwd_params(a, plan));
+    const FwdParams params = fwd_params(a, plan);
+    const dim3 grid(ceil_div(s.rows, plan.threads / plan.lanes * plan.rows_per_group));
+    dispatch_exact<X, T>(plan, params.s.vector, [&](auto exact) {
+      launch("norm_fwd", norm_fwd_kernel<X, T, exact.value>, grid, plan.threads, shared, place,
+             params);
+    });
   });
 }
 

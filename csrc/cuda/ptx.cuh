@@ -5,11 +5,25 @@
 
 namespace llmkern::ptx {
 
+// An address of global memory; converted once, where pointers would be at each use.
+__device__ inline uint64_t global_address(const void* p) {
+  return static_cast<uint64_t>(__cvta_generic_to_global(p));
+}
+
+// No instruction: the value is computed here once, and not again inside the loop that uses it.
+__device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(int& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(uint64_t& value) { asm volatile("" : "+l"(value)); }
+
+// Constant offsets are part of the instruction: addresses that differ by a constant cost one
+// register and no arithmetic.
+
 // 16 bytes, of which the first src_bytes come from global memory and the rest are zero. Both
 // addresses are multiples of 16.
-__device__ inline void cp_async_cg_16(uint32_t shared, const void* global, uint32_t src_bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
-               "l"(__cvta_generic_to_global(global)), "r"(src_bytes)
+template <int kSharedOffset = 0, int kGlobalOffset = 0>
+__device__ inline void cp_async_cg_16(uint32_t shared, uint64_t global, uint32_t src_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(src_bytes), "n"(kSharedOffset), "n"(kGlobalOffset)
                : "memory");
 }
 
@@ -25,18 +39,20 @@ __device__ inline void cp_async_wait_group() {
 
 // Lanes 8i .. 8i + 7 give the addresses of the eight 16-byte rows of matrix i; lane l receives of
 // each matrix columns 2 (l % 4), +1 of row l / 4.
+template <int kOffset = 0>
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared)
+               : "r"(shared), "n"(kOffset)
                : "memory");
 }
 
 // The same of each matrix transposed: rows 2 (l % 4), +1 of column l / 4.
+template <int kOffset = 0>
 __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared)
+               : "r"(shared), "n"(kOffset)
                : "memory");
 }
 
@@ -44,30 +60,30 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
 // d (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 __device__ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(d[0]), "f"(d[1]),
+        "f"(d[2]), "f"(d[3]));
 }
 
 __device__ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                         uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(d[0]), "f"(d[1]),
+        "f"(d[2]), "f"(d[3]));
 }
 
 // d += a b: a 16 x 8, b 8 x 8, of floats rounded to TF32.
 __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                         uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(d[0]), "f"(d[1]),
+        "f"(d[2]), "f"(d[3]));
 }
 
 // To nearest, ties away from zero: 10 bits of mantissa stay.
@@ -94,6 +110,27 @@ __device__ inline float cvt_f32_f16(uint16_t half) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
   return value;
+}
+
+// Bits as a float, without the move from an integer register to a float's that a cast takes in PTX.
+__device__ inline float shl_b32(uint32_t bits, uint32_t by) {
+  float value;
+  asm("shl.b32 %0, %1, %2;" : "=f"(value) : "r"(bits), "r"(by));
+  return value;
+}
+
+__device__ inline float and_b32(uint32_t bits, uint32_t mask) {
+  float value;
+  asm("and.b32 %0, %1, %2;" : "=f"(value) : "r"(bits), "r"(mask));
+  return value;
+}
+
+// v of lane (own lane ^ kMask); all lanes take part.
+template <int kMask>
+__device__ inline float shfl_sync_bfly(float v) {
+  float other;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, -1;" : "=f"(other) : "f"(v), "n"(kMask));
+  return other;
 }
 
 // 2^x to 2 ulp; 0 for very negative x, -inf included.

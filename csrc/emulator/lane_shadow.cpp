@@ -11,6 +11,7 @@ namespace {
 
 constexpr uint8_t kNobody = 0xff, kMany = 0xfe;
 constexpr uint32_t kWrap = 0xf0000000u;
+constexpr size_t kMostListed = 16;
 
 // Calls f(word address, byte mask) for each word of [address, address + bytes).
 template <class F>
@@ -50,18 +51,22 @@ void LaneShadow::begin_cta(int64_t shared_bytes, int warps) {
   for (Order& o : order_) {
     o.base = tick_;
     o.tick = ++tick_;
-    o.partial = false;
+    o.partial = o.in_words = false;
+    o.list.clear();
   }
 }
 
-void LaneShadow::meet(const Warp& w, uint32_t mask) {
+void LaneShadow::meet(Warp& w, uint32_t mask) {
   Order& o = order_[static_cast<size_t>(w.id)];
   if ((w.alive & ~mask) == 0) {
+    o.list.clear();
+    o.in_words = false;
     o.base = tick_;
     o.tick = ++tick_;
     o.partial = false;
     return;
   }
+  move_to_words(w, o);
   if (!o.partial) {
     o.partial = true;
     std::fill(o.at, o.at + kLanes, o.tick);
@@ -112,7 +117,7 @@ int LaneShadow::racing_reader(const Order& o, const LaneWord& word, int lane, ui
   return -1;
 }
 
-void LaneShadow::touch_read(Warp& w, const Order& o, const Instr& in, int lane, uint32_t address,
+void LaneShadow::touch_read(Warp& w, const Order& o, int index, int lane, uint32_t address,
                             uint8_t mask) {
   LaneWord& word = word_of(w, address);
   const int writer = racing_writer(o, word, lane, mask);
@@ -126,7 +131,7 @@ void LaneShadow::touch_read(Warp& w, const Order& o, const Instr& in, int lane, 
   // The oldest of several ticks: an order that holds for it may be missed for a later one.
   word.read_tick = std::min(word.read_tick, now);
   word.readers |= 1u << lane;
-  word.read_index = in.index;
+  word.read_index = index;
   for (size_t b = 0; b < 4; ++b) {
     if ((mask >> b & 1) == 0 || word.reader[b] == lane) continue;
     word.reader[b] = word.reader[b] == kNobody ? static_cast<uint8_t>(lane) : kMany;
@@ -153,7 +158,7 @@ bool LaneShadow::same_value(Warp& w, const LaneWord& word, int lane, int other, 
   return true;
 }
 
-void LaneShadow::touch_write(Warp& w, const Order& o, const Instr& in, int lane, uint32_t address,
+void LaneShadow::touch_write(Warp& w, const Order& o, int index, int lane, uint32_t address,
                              uint8_t mask, const Store& store) {
   LaneWord& word = word_of(w, address);
   const int writer = racing_writer(o, word, lane, mask);
@@ -162,7 +167,7 @@ void LaneShadow::touch_write(Warp& w, const Order& o, const Instr& in, int lane,
   const int reader = racing_reader(o, word, lane, mask);
   if (reader >= 0 && !same_value(w, word, lane, -1, address, mask, store))
     fail(w, lane, reader, word.read_index, address, "overwrites what was read by");
-  record_write(o, &word, in.index, lane, mask);
+  record_write(o, &word, index, lane, mask);
 }
 
 void LaneShadow::record_write(const Order& o, LaneWord* word, int index, int lane, uint8_t mask) {
@@ -177,27 +182,96 @@ void LaneShadow::record_write(const Order& o, LaneWord* word, int index, int lan
   }
 }
 
+namespace {
+
+// Whether lanes touch places apart; the accesses are aligned to their size.
+bool apart(const uint32_t* address, uint32_t mask, uint32_t begin, uint32_t end, int bytes) {
+  const int shift = __builtin_ctz(static_cast<unsigned>(bytes));
+  constexpr uint32_t kPlaces = 4096;
+  if (((end - begin) >> shift) > kPlaces) return false;
+  uint64_t taken[kPlaces / 64];
+  std::fill(taken, taken + ((end - begin) >> shift) / 64 + 1, uint64_t{0});
+  bool all = true;
+  for_lanes(mask, [&](int l) {
+    const uint32_t place = (address[l] - begin) >> shift;
+    all = all && (taken[place / 64] >> (place % 64) & 1) == 0;
+    taken[place / 64] |= uint64_t{1} << (place % 64);
+  });
+  return all;
+}
+
+}  // namespace
+
+template <class Address>
+bool LaneShadow::listed(Order& o, bool write, int index, uint32_t mask, const Address* address,
+                        int bytes) {
+  if (o.in_words || o.list.size() == kMostListed) return false;
+  o.list.emplace_back();
+  Listed& now = o.list.back();
+  now.write = write;
+  now.index = index;
+  now.bytes = bytes;
+  now.mask = mask;
+  uint32_t lowest = ~uint32_t{0}, highest = 0;
+  for_lanes(mask, [&](int l) {
+    now.address[l] = static_cast<uint32_t>(address[l]);
+    lowest = std::min(lowest, now.address[l]);
+    highest = std::max(highest, now.address[l]);
+  });
+  now.begin = lowest;
+  now.end = highest + static_cast<uint32_t>(bytes);
+  bool clear = !write || apart(now.address, mask, now.begin, now.end, bytes);
+  for (size_t i = 0; clear && i + 1 < o.list.size(); ++i) {
+    const Listed& before = o.list[i];
+    clear = !(write || before.write) || now.end <= before.begin || before.end <= now.begin;
+  }
+  if (!clear) o.list.pop_back();
+  return clear;
+}
+
+void LaneShadow::move_to_words(Warp& w, Order& o) {
+  for (const Listed& before : o.list) {
+    ++instance_;
+    for_lanes(before.mask, [&](int l) {
+      for_words(before.address[l], before.bytes, [&](uint32_t a, uint8_t m) {
+        if (before.write) {
+          record_write(o, &word_of(w, a), before.index, l, m);
+        } else {
+          touch_read(w, o, before.index, l, a, m);
+        }
+      });
+    });
+  }
+  o.list.clear();
+  o.in_words = true;
+}
+
 void LaneShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
-  const Order& o = order_[static_cast<size_t>(w.id)];
+  Order& o = order_[static_cast<size_t>(w.id)];
+  if (listed(o, false, in.index, mask, address, bytes)) return;
+  move_to_words(w, o);
   for_lanes(mask, [&](int l) {
     for_words(static_cast<uint32_t>(address[l]), bytes,
-              [&](uint32_t a, uint8_t m) { touch_read(w, o, in, l, a, m); });
+              [&](uint32_t a, uint8_t m) { touch_read(w, o, in.index, l, a, m); });
   });
 }
 
 void LaneShadow::write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
                        const char* data, int stride) {
-  const Order& o = order_[static_cast<size_t>(w.id)];
+  Order& o = order_[static_cast<size_t>(w.id)];
+  if (listed(o, true, in.index, mask, address, bytes)) return;
+  move_to_words(w, o);
   const Store store{address, data, stride};
   ++instance_;
   for_lanes(mask, [&](int l) {
     for_words(static_cast<uint32_t>(address[l]), bytes,
-              [&](uint32_t a, uint8_t m) { touch_write(w, o, in, l, a, m, store); });
+              [&](uint32_t a, uint8_t m) { touch_write(w, o, in.index, l, a, m, store); });
   });
 }
 
 void LaneShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, int bytes) {
-  const Order& o = order_[static_cast<size_t>(w.id)];
+  Order& o = order_[static_cast<size_t>(w.id)];
+  move_to_words(w, o);
   for_words(address, bytes, [&](uint32_t a, uint8_t m) {
     LaneWord& word = word_of(w, a);
     const int writer = word.by_atomic ? -1 : racing_writer(o, word, lane, m);
@@ -209,11 +283,15 @@ void LaneShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, in
   });
 }
 
-void LaneShadow::land_copy(Warp& w, int index, int lane, uint32_t address, int bytes) {
-  const Order& o = order_[static_cast<size_t>(w.id)];
+void LaneShadow::land_copy(Warp& w, int index, uint32_t mask, const uint32_t* address, int bytes) {
+  Order& o = order_[static_cast<size_t>(w.id)];
+  if (mask == 0 || listed(o, true, index, mask, address, bytes)) return;
+  move_to_words(w, o);
   ++instance_;
-  for_words(address, bytes,
-            [&](uint32_t a, uint8_t m) { record_write(o, &word_of(w, a), index, lane, m); });
+  for_lanes(mask, [&](int l) {
+    for_words(address[l], bytes,
+              [&](uint32_t a, uint8_t m) { record_write(o, &word_of(w, a), index, l, m); });
+  });
 }
 
 }  // namespace emulator

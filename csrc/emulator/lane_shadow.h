@@ -5,6 +5,9 @@
 // Time is counted in ticks that never repeat. A point where all lanes of a warp meet moves the
 // warp's `base`: whatever is older is ordered. Where only some meet, what each lane has seen of
 // each other one is kept. Bytes are followed one by one, so lanes may share a word.
+//
+// Between two such points a warp mostly touches places apart: accesses are only listed, with the
+// range that they touch, until two ranges meet that could race. Then they go into the words.
 #pragma once
 
 #include <array>
@@ -30,7 +33,7 @@ class LaneShadow {
  public:
   void begin_cta(int64_t shared_bytes, int warps);
   // The lanes of `mask` wait for each other.
-  void meet(const Warp& w, uint32_t mask);
+  void meet(Warp& w, uint32_t mask);
 
   // As in SharedShadow. Throw Fault.
   void read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes);
@@ -39,12 +42,20 @@ class LaneShadow {
              const char* data, int stride);
   void atomic(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
   // cp.async: its issue is checked as a write, its end is one.
-  void land_copy(Warp& w, int index, int lane, uint32_t address, int bytes);
+  void land_copy(Warp& w, int index, uint32_t mask, const uint32_t* address, int bytes);
 
  private:
+  struct Listed {
+    bool write;
+    int index, bytes;
+    uint32_t mask, begin, end;
+    uint32_t address[kLanes];
+  };
   struct Order {
     uint32_t base = 0, tick = 1;
-    bool partial = false;  // then the rest counts
+    std::vector<Listed> list;  // since the lanes met
+    bool in_words = false;     // accesses since then are in words_
+    bool partial = false;      // then the rest counts
     uint32_t at[kLanes];
     uint32_t seen[kLanes][kLanes];
   };
@@ -57,10 +68,13 @@ class LaneShadow {
   bool ordered(const Order& o, int lane, int other, uint32_t tick) const {
     return tick <= o.base || (o.partial && o.seen[lane][other] >= tick);
   }
-  void touch_read(Warp& w, const Order& o, const Instr& in, int lane, uint32_t address,
-                  uint8_t mask);
-  void touch_write(Warp& w, const Order& o, const Instr& in, int lane, uint32_t address,
-                   uint8_t mask, const Store& store);
+  // Lists an access if it cannot race with those before it.
+  template <class Address>
+  bool listed(Order& o, bool write, int index, uint32_t mask, const Address* address, int bytes);
+  void move_to_words(Warp& w, Order& o);
+  void touch_read(Warp& w, const Order& o, int index, int lane, uint32_t address, uint8_t mask);
+  void touch_write(Warp& w, const Order& o, int index, int lane, uint32_t address, uint8_t mask,
+                   const Store& store);
   void record_write(const Order& o, LaneWord* word, int index, int lane, uint8_t mask);
   int racing_writer(const Order& o, const LaneWord& word, int lane, uint8_t mask) const;
   int racing_reader(const Order& o, const LaneWord& word, int lane, uint8_t mask) const;

@@ -20,7 +20,7 @@ struct Options {
   bool bounds = true;         // out of bounds and misaligned
   bool uninitialised = true;  // shared memory, registers
   bool races = true;          // shared memory, between warps
-  bool warp_races = false;    // shared memory, between lanes of a warp
+  bool warp_races = true;     // shared memory, between lanes of a warp
   bool global_races = true;   // global memory, between CTAs
   bool async_copies = true;   // touches of what cp.async has under way
   bool collectives = true;    // shfl, mma, bar ... that not all lanes reach

@@ -26,8 +26,8 @@ void land(Warp& w, const AsyncCopy& copy, uint32_t lanes, int index) {
     }
     if (w.options->races || w.options->uninitialised)
       w.worker->shadow.land_copy(w, index, copy.to[l], copy.bytes);
-    if (w.options->warp_races) w.worker->lanes->land_copy(w, index, l, copy.to[l], copy.bytes);
   });
+  if (w.options->warp_races) w.worker->lanes->land_copy(w, index, lanes, copy.to, copy.bytes);
 }
 
 // r: to, from, size of the source; imm and mode: their offsets.

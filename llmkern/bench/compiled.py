@@ -59,10 +59,11 @@ class Compiled:
     """One kernel, compiled for one architecture. Counts of instructions are static, in SASS."""
 
     target: str
+    backend: str
     op: str
     kernel: str
     num_warps: int
-    num_stages: int
+    num_stages: int | None  # None: written into the kernel
     registers: int  # a thread
     spill_bytes: int  # stores and loads of all threads' spilled registers, per thread
     shared_bytes: int
@@ -107,7 +108,7 @@ def inspect(op: str, form: Any, capability: int) -> Compiled:
     """
     built = _build(form, capability)
     registers, spill_bytes = _assembled(built.asm["ptx"], capability)
-    counts = _instructions(built.asm["cubin"])
+    counts = instructions(built.asm["cubin"], triton_tool("nvdisasm"))
     metadata = built.metadata
     programs = resident(
         capability,
@@ -116,9 +117,10 @@ def inspect(op: str, form: Any, capability: int) -> Compiled:
         metadata.shared,
         getattr(metadata, "tmem_size", None) or 0,
     )
-    most = ARCHITECTURES[capability].threads // 32
-    return Compiled(
+    return row_of(
+        counts,
         target=f"sm_{capability}",
+        backend="triton",
         op=op,
         kernel=form.name,
         num_warps=metadata.num_warps,
@@ -126,13 +128,24 @@ def inspect(op: str, form: Any, capability: int) -> Compiled:
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=metadata.shared,
-        occupancy=programs * metadata.num_warps / most,
         programs=programs,
+    )
+
+
+def row_of(counts: Counter[str], *, target: str, num_warps: int, programs: int, **known: Any):
+    """The row of a kernel whose opcodes were counted."""
+    most = ARCHITECTURES[capability_of(target)].threads // 32
+    return Compiled(
+        target=target,
+        num_warps=num_warps,
+        programs=programs,
+        occupancy=programs * num_warps / most,
         instructions=sum(n for name, n in counts.items() if name != "NOP"),
         tensor=_matching(counts, TENSOR),
         async_copies=_matching(counts, ASYNC_COPY),
         loads_16=_matching(counts, LOAD_16),
         stores_16=_matching(counts, STORE_16),
+        **known,
     )
 
 
@@ -181,7 +194,7 @@ def _build(form: Any, capability: int) -> Any:
     return triton.compile(source, target=card, options=options)
 
 
-def _tool(name: str) -> str:
+def triton_tool(name: str) -> str:
     """Path of one of the programs in Triton's wheel."""
     path = Path(_triton().__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.exists():
@@ -199,25 +212,30 @@ def _run(command: list[str]) -> tuple[str, str]:
 def _assembled(ptx: str, capability: int) -> tuple[int, int]:
     """(registers, spill bytes) as `ptxas -v` tells them under the flags that Triton gives it. The
     register count of the finished file alone would not show spills."""
-    ptxas = _tool("ptxas-blackwell" if capability >= 100 else "ptxas")
+    ptxas = triton_tool("ptxas-blackwell" if capability >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         chip = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        _, log = _run([ptxas, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={chip}",
-                       str(source), "-o", str(source.with_suffix(".cubin"))])  # fmt: skip
+        return assemble([ptxas, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={chip}",
+                         str(source), "-o", str(source.with_suffix(".cubin"))])  # fmt: skip
+
+
+def assemble(command: list[str]) -> tuple[int, int]:
+    """(registers, spill bytes) as a run of `ptxas -v` on one kernel tells them."""
+    _, log = _run(command)
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise BackendError(f"kernels: ptxas said nothing of registers: {log.strip()}")
     return int(registers[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log)))
 
 
-def _instructions(cubin: bytes) -> Counter[str]:
+def instructions(cubin: bytes, nvdisasm: str) -> Counter[str]:
     """How often each opcode, with its modifiers, stands in the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing, _ = _run([_tool("nvdisasm"), "-c", file.name])
+        listing, _ = _run([nvdisasm, "-c", file.name])
     return Counter(_INSTRUCTION.findall(listing))
 
 

@@ -6,13 +6,13 @@
 
 Inside, Triton compiles for the emulated architecture and launches here. A launch stops with
 EmulatorError at the first access out of bounds or misaligned, read of shared memory or registers
-that nothing has written, race between warps in shared memory or between CTAs in global memory,
-touch of bytes that a cp.async has under way, collective or barrier that not all lanes reach,
-deadlock.
+that nothing has written, race between warps or lanes in shared memory or between CTAs in global
+memory, touch of bytes that a cp.async has under way, collective or barrier that not all lanes
+reach, deadlock.
 
 What it cannot tell: PTX is not machine code, so spills, scheduling, caches and time are out of
 reach. Approximate functions (ex2, rcp, tanh) and the order of additions inside mma are not the
-hardware's. Memory is sequentially consistent: a missing fence does not show.
+hardware's. Memory is sequentially consistent: of a missing fence only the race between CTAs shows.
 """
 
 from llmkern.emulator.counters import Counters

@@ -223,3 +223,6 @@ def load_library(path: str | Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendError(f"{path} does not load: {error}") from error
+
+
+target.provide_cuda_runtime(stand_in)

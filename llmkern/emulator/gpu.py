@@ -4,7 +4,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,15 @@ _stack: list["Device"] = []
 on_change: list[Callable[[int | None], None]] = []
 
 
+class Launch(NamedTuple):
+    """A launch as `Device.instead` is given it."""
+
+    program: Program
+    kernel: str
+    block: tuple[int, ...]
+    shared_bytes: int
+
+
 class Device:
     """An emulated GPU. Made by device(); launches on it add to its counters."""
 
@@ -38,6 +47,7 @@ class Device:
         self.max_shared_bytes = MAX_SHARED[capability]
         self._counts: dict[tuple[str, Program], tuple[int, torch.Tensor]] = {}
         self._memory: dict[int, tuple[str, torch.Tensor, torch.Tensor | None]] = {}
+        self.instead: Callable[[Launch], None] | None = None  # what launches do and do not run
         self.printed = ""  # by printf and tl.device_print, since the device was made
         self.failure: Exception | None = None  # of a launch by a library, which saw an error code
 
@@ -96,6 +106,9 @@ class Device:
         if shared_bytes > self.max_shared_bytes:
             limit = f"sm_{self.capability} has {self.max_shared_bytes}"
             raise ArgumentError(f"{kernel}: {shared_bytes} bytes of shared memory, {limit}")
+        if self.instead is not None:
+            block = (block,) if isinstance(block, int) else tuple(block)
+            return self.instead(Launch(program, kernel, block, shared_bytes))
         known = [tensor_row(*entry) for entry in self._memory.values()]
         launches, counts = self._counts.get((kernel, program), (0, None))
         counts = program.run(
@@ -161,7 +174,7 @@ def device(
     bounds: bool = True,
     uninitialised: bool = True,
     races: bool = True,
-    warp_races: bool = False,
+    warp_races: bool = True,
     global_races: bool = True,
     async_copies: bool = True,
     collectives: bool = True,
@@ -179,8 +192,12 @@ def device(
             local memory are always checked.
         uninitialised: stop at reads of shared memory and uses of registers that nothing has set.
         races: stop at unordered accesses of two warps to shared memory.
-        global_races: stop where two CTAs store different values to one element; kernels with
-            atomics on global memory are left out.
+        warp_races: the same for two lanes of one warp, between which __syncwarp is missing.
+        global_races: stop where two CTAs touch one element, one of them storing another value, and
+            no atomics, with releases or fences before them, order the two.
+        async_copies: stop where bytes are touched that a cp.async has under way.
+        collectives: stop at shfl, mma, bar ... that not all lanes reach; off, those that are there
+            go on.
         counters: count sectors and wavefronts (warp instructions are always counted).
         threads: host threads, torch.get_num_threads() by default. Results and reports do not
             depend on it.

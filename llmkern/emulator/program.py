@@ -21,8 +21,9 @@ class EmulatorError(LlmkernError, RuntimeError):
     """What stopped a kernel.
 
     Attributes:
-        check: "out of bounds", "misaligned", "shared race", "global race", "async copy in flight",
-            "uninitialised shared memory", "uninitialised global memory", "unset register",
+        check: "out of bounds", "misaligned", "shared race", "warp race", "global race",
+            "async copy in flight", "uninitialised shared memory", "uninitialised global memory",
+            "unset register",
             "divergent collective", "divergent barrier", "divergent branch", "barrier deadlock",
             "instruction budget", "assertion", "trap", ...
         message: what happened, with the address as tensor + offset.
@@ -53,7 +54,7 @@ class Options(NamedTuple):
     bounds: bool = True
     uninitialised: bool = True
     races: bool = True
-    warp_races: bool = False
+    warp_races: bool = True
     global_races: bool = True
     async_copies: bool = True
     collectives: bool = True
@@ -122,6 +123,7 @@ class Program:
     """
 
     def __init__(self, ptx: str):
+        self.ptx = ptx
         extension = _ext.load()
         try:
             self._program = extension.Program(ptx)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmkern import checks, dispatch
+from llmkern.backends.reference import activation as reference
 from llmkern.errors import ArgumentError, BackendError, ShapeError
 from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
 from llmkern.specs import ActivationSpec
@@ -66,7 +67,7 @@ def _activation(x: Tensor, name: str, inplace: bool, backend: str | None) -> Ten
         _check_writable(name, x)
     if key is None:
         if in_transform():
-            return dispatch.module_of("reference", "activation").forward(plan.spec, x, inplace)
+            return reference.forward(plan.spec, x, inplace)
         y = torch.ops.llmkern.activation(x, name, backend)
         return x.copy_(y) if inplace else y
     if plan.grad:

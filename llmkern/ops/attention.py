@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmkern import dispatch, numerics, random
+from llmkern.backends.reference import attention as reference
 from llmkern.errors import BackendError
 from llmkern.ops import attention_checks as arguments
 from llmkern.ops.library import (
@@ -78,7 +79,8 @@ def scaled_dot_product_attention(
         backend: name of the backend that must serve, else the best one does.
 
     Returns:
-        [*, H, S, Dv], a transposed view of [*, S, H, Dv] memory; or (that, lse).
+        [*, H, S, Dv], a transposed view of [*, S, H, Dv] memory ([S, *, H, Dv] where query is a
+        view of such); or (that, lse).
 
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: before anything is allocated.
@@ -112,7 +114,8 @@ def attention_qkvpacked(
         Others: as in `scaled_dot_product_attention`.
 
     Returns:
-        [B, S, H, D], contiguous; or (that, lse [B, H, S]).
+        [B, S, H, D], contiguous, or in [S, B, H, D] memory where the queries are; or (that, lse
+        [B, H, S]).
     """
     side = (attn_mask, alibi_slopes, sinks, key_padding_mask)
     options = (dropout_p, is_causal, scale, causal_align, window, softcap)
@@ -145,7 +148,8 @@ def attention_kvpacked(
         Others: as in `scaled_dot_product_attention`.
 
     Returns:
-        [B, S, H, D], contiguous; or (that, lse [B, H, S]).
+        [B, S, H, D], contiguous, or in [S, B, H, D] memory where the queries are; or (that, lse
+        [B, H, S]).
     """
     side = (attn_mask, alibi_slopes, sinks, key_padding_mask)
     options = (dropout_p, is_causal, scale, causal_align, window, softcap)
@@ -220,7 +224,6 @@ def _run(plan, traced, q, k, v, bias, mask, key_mask, slopes, sinks, seed, backe
     spec = plan.spec
     args = (q, k, v, bias, mask, key_mask, slopes, sinks, seed)
     if traced and in_transform():
-        reference = dispatch.module_of("reference", "attention")
         return reference.forward(spec, *_views(q, k, v), *args[3:])
     if traced:
         scalars = (spec.scale, spec.softcap, spec.shift, spec.left, spec.right, spec.dropout_p)
@@ -290,7 +293,6 @@ def _differentiable(spec, backend, dout, dlse, q, k, v, bias, mask, key_mask, sl
     Views stand for the inputs, so that one computed from another is not followed back to it here.
     """
     q, k, v, bias, sinks = (None if t is None else t.view_as(t) for t in (q, k, v, bias, sinks))
-    reference = dispatch.module_of("reference", "attention")
     side = (bias, mask, key_mask, slopes, sinks, seed)
     outputs = reference.forward(spec, *_views(q, k, v), *side)
     inputs = [t for t, wanted in zip((q, k, v, bias, sinks), wants, strict=True) if wanted]
@@ -363,12 +365,11 @@ def _no_second_derivative(ctx, *gradients):
 def _fake(q, k, v, bias, mask, key_mask, slopes, sinks, seed, scale, softcap, shift, left, right,
           dropout_p, backend):  # fmt: skip
     q, k, v = _views(q, k, v)
-    masks, options = (bias, mask, key_mask, slopes, sinks), (scale, softcap, shift, left, right)
-    dispatch.foresee("attention", lambda: _spec(q, k, v, *masks, (*options, dropout_p)), backend)
-    (b, h, s, _), value_dim = q.shape, v.shape[3]
-    strides = (s * h * value_dim, value_dim, h * value_dim, 1)
-    lse = q.new_empty((b, h, s), dtype=numerics.compute_dtype(q.dtype))
-    return q.new_empty_strided((b, h, s, value_dim), strides), lse
+    options = (scale, softcap, shift, left, right, dropout_p)
+    spec = _spec(q, k, v, bias, mask, key_mask, slopes, sinks, options)
+    dispatch.foresee("attention", lambda: spec, backend)
+    lse = q.new_empty(q.shape[:3], dtype=numerics.compute_dtype(q.dtype))
+    return spec.new_out(q), lse
 
 
 def _fake_backward(dout, dlse, q, k, v, bias, mask, key_mask, slopes, sinks, seed, out, lse, scale,

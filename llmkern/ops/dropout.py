@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmkern import checks, dispatch, random
+from llmkern.backends.reference import dropout as reference
 from llmkern.errors import ArgumentError, ShapeError
 from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
 from llmkern.specs import DropoutSpec
@@ -56,7 +57,7 @@ def dropout(
     if key is not None:
         return _run(input, seed, plan)
     if in_transform():
-        return dispatch.module_of("reference", "dropout").forward(plan.spec, input, seed, inplace)
+        return reference.forward(plan.spec, input, seed, inplace)
     y = torch.ops.llmkern.dropout(input, seed, p, backend)
     return input.copy_(y) if inplace else y
 

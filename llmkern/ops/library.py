@@ -15,11 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from llmkern.errors import BackendError
+from llmkern.ops import flops
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 
@@ -28,7 +28,10 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     """True where nothing but ordinary eager mode looks at this call."""
     if torch.compiler.is_compiling():
         return False
-    if _len_torch_dispatch_stack() or in_transform():
+    if _len_torch_dispatch_stack():
+        flops.tell_counter()
+        return False
+    if in_transform():
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
@@ -43,19 +46,18 @@ def in_transform() -> bool:
     torch.library ops: there the reference backend's plain torch runs, which all of it understands.
     """
     if torch.compiler.is_compiling():
-        if _in_jvp():  # the dispatcher would drop the tangent without a word
-            raise BackendError("torch.func.jvp and jacfwd need plain eager mode, not torch.compile")
-        return False
+        return _traces_derivative()
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _in_jvp() -> bool:
-    interpreter = peek_interpreter_stack()
-    return interpreter is not None and interpreter.key() == TransformType.Jvp
+def _traces_derivative() -> bool:
+    """Whether a derivative of torch.func is among the transforms that dynamo traces."""
+    return any(i.key() in _DERIVATIVES for i in get_interpreter_stack() or ())
 
 
+_DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 # What torch.compiler.assume_constant_result sets: dynamo enters the transforms that it traces.
-_in_jvp._dynamo_marked_constant = True
+_traces_derivative._dynamo_marked_constant = True
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -72,7 +74,10 @@ def signature(*tensors: Tensor | None) -> tuple | None:
     """What a plan may depend on: the grad mode, and shape, dtype, device, layout and requires_grad
     of each tensor. None where the call is not plain eager, or an argument is no plain tensor or one
     to be negated (z.conj().imag), which the dispatcher materialises."""
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+    if torch.compiler.is_compiling():
+        return None
+    if _len_torch_dispatch_stack():
+        flops.tell_counter()
         return None
     if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:  # in_transform()
         return None

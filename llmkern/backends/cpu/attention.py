@@ -88,8 +88,7 @@ def forward(
     shape = _shape(spec, seed)
     inputs = _Inputs(spec, q, k, v, bias, mask, key_mask, slopes, sinks)
     b, h, s = spec.batch, spec.heads, spec.q_len
-    # transpose_, not transpose: autograd forbids in-place changes to views made in a Function.
-    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype, device="cpu").transpose_(1, 2)
+    out = spec.new_out(q)
     lse = torch.empty(b, h, s, dtype=numerics.compute_dtype(spec.dtype), device="cpu")
     scratch = torch.empty(
         module.attention_fwd_scratch_bytes(shape) // 4, dtype=torch.float32, device="cpu"

@@ -55,8 +55,8 @@ def load() -> Loaded:
 def load_emulated() -> Loaded:
     """The module for CPU tensors under the emulator, on top of the emulator's CUDA runtime."""
     try:
-        # By name: the emulator serves the GPU backends, which know it only as a CUDA runtime.
-        importlib.import_module("llmkern.emulator.cudart").stand_in()
+        if not target.load_cuda_runtime():
+            return Loaded(None, "llmkern.emulator, whose CUDA runtime it needs, is not imported")
     except BackendError as error:
         return Loaded(None, str(error))
     return _import("_C_cuda_emulated")

@@ -87,8 +87,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     codes, alive = _inputs(spec, q, k, v, key_mask)
     b, h, s = spec.batch, spec.heads, spec.q_len
-    # transpose_, not transpose: autograd forbids in-place changes to views made in a Function.
-    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype, device=q.device).transpose_(1, 2)
+    out = spec.new_out(q)
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
     with Launch(q, spec) as launch:
         launch.attention_fwd(_shape(spec, seed), codes, _code(out), address(lse))

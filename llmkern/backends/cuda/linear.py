@@ -33,7 +33,8 @@ def _loadable(t: Tensor) -> bool:
     if 1 not in t.stride():
         return False
     line = t.stride(0 if _inner(t) else 1) * t.element_size()
-    return line > 0 and line % _UNIT_BYTES == 0 and t.data_ptr() % _UNIT_BYTES == 0
+    whole = line % _UNIT_BYTES == 0 and t.data_ptr() % _UNIT_BYTES == 0
+    return whole and 0 < line <= _ext.INT32_MAX
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -83,7 +84,10 @@ def _gemm(
         address(preact[1]), address(residual), 0 if residual is None else residual.stride(0),
         threshold, address(seed), address(y), n,
     )  # fmt: skip
-    launch.gemm(shape, address(a), address(b), address(up), epilogue, _tf32(a))
+    tf32 = _tf32(a)
+    size = launch.module.gemm_scratch(DTYPE_CODES[a.dtype], m, n, k, up is not None, tf32)
+    scratch = torch.empty(size, dtype=torch.float32, device=a.device) if size else None
+    launch.gemm(shape, address(a), address(b), address(up), epilogue, tf32, address(scratch))
     return y
 
 

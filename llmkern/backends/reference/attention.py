@@ -39,6 +39,7 @@ def forward(
     sinks: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    length_first = spec.length_first(q)
     with torch.autocast(spec.device, enabled=False):
         q, k, v = _computed(spec, q, k, v)
         visible = _visible(spec, q.device, bias, mask, key_mask)
@@ -49,8 +50,14 @@ def forward(
         lse = _log_sum_exp(scores, visible, sinks)
         p = _probabilities(scores, lse, visible)
         exact = _weighted_sum(_dropped(spec, p, seed), visible, v)
-    rows = exact.transpose(1, 2).to(spec.dtype)
-    return rows.clone(memory_format=torch.contiguous_format).transpose_(1, 2), lse
+    # Not new_out and copy_, which vmap refuses; transpose_, since autograd forbids in-place changes
+    # to views made in a Function.
+    if length_first:
+        rows = exact.permute(2, 0, 1, 3).to(spec.dtype)
+        rows = rows.clone(memory_format=torch.contiguous_format).transpose_(0, 1)
+    else:
+        rows = exact.transpose(1, 2).to(spec.dtype).clone(memory_format=torch.contiguous_format)
+    return rows.transpose_(1, 2), lse
 
 
 def backward(

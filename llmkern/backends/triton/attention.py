@@ -106,8 +106,7 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     b, h, s = spec.batch, spec.heads, spec.q_len
-    # transpose_, not transpose: autograd forbids in-place changes to views made in a Function.
-    out = torch.empty(b, s, h, spec.value_dim, dtype=spec.dtype, device=q.device).transpose_(1, 2)
+    out = spec.new_out(q)
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
     if b * h * s == 0:
         return out, lse
