@@ -17,9 +17,10 @@ namespace emulator {
 namespace {
 
 // What workers of earlier launches leave for later ones, since clearing it costs more than a small
-// launch: a shadow forgets by epochs, and all registers are set when a worker starts.
+// launch: shadows forget by epochs and ticks, and all registers are set when a worker starts.
 struct Kept {
   SharedShadow shadow;
+  std::unique_ptr<LaneShadow> lanes;
   std::vector<char> registers;
 };
 class Shelf {
@@ -28,13 +29,15 @@ class Shelf {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (kept_.empty()) return;
     worker->shadow = std::move(kept_.back().shadow);
+    worker->lanes = std::move(kept_.back().lanes);
     worker->registers = std::move(kept_.back().registers);
     kept_.pop_back();
   }
   void put(Worker* worker) {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (kept_.size() == kMost) return;
-    kept_.push_back({std::move(worker->shadow), std::move(worker->registers)});
+    kept_.push_back({std::move(worker->shadow), std::move(worker->lanes),
+                     std::move(worker->registers)});
   }
 
  private:
@@ -142,7 +145,11 @@ class Run {
     worker->poison.resize(static_cast<size_t>(k.poison_slots) * warps + 1);
     worker->counts.resize(k.code.size());
     worker->hints.resize(k.code.size());
-    if (launch_.options.warp_races) worker->lanes = std::make_unique<LaneShadow>();
+    if (!launch_.options.warp_races) {
+      worker->lanes = nullptr;
+    } else if (worker->lanes == nullptr) {
+      worker->lanes = std::make_unique<LaneShadow>();
+    }
   }
 
   Launch& launch_;
