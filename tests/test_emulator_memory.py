@@ -58,6 +58,7 @@ def test_generic_addresses_find_their_window():
       mad.wide.u32 %d3, %r40, 4, %d2;
       mul.lo.s32 %r1, %r40, 3;
       st.u32 [%d3], %r1;
+      bar.warp.sync 0xffffffff;
       ld.shared.u32 %r2, [shared_word+4];
       ld.u32 %r3, [%d3];
       mov.u64 %d4, local_bytes;

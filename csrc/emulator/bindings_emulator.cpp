@@ -66,13 +66,11 @@ py::list describe_instructions(const Program& program, const std::string& name) 
   return rows;
 }
 
-// By instruction, 7 int64: runs, lanes, bytes, sectors, ideal sectors, wavefronts, ideal ones. The
-// exit that follows the last statement is left out.
-py::bytes pack_counts(const std::vector<Count>& counts) {
-  std::vector<uint64_t> flat;
-  flat.reserve(7 * counts.size());
-  for (const Count& c : counts) {
-    const bool last = &c == &counts.back();
+// Adds to 7 int64 for each instruction: runs, lanes, bytes, sectors, ideal sectors, wavefronts,
+// ideal ones. The exit that follows the last statement is left out.
+void add_counts(const std::vector<Count>& counts, int64_t* to) {
+  for (size_t i = 0; i + 1 < counts.size(); ++i) {
+    const Count& c = counts[i];
     const uint64_t row[] = {c.runs,
                             c.full_runs * kLanes + c.lanes,
                             c.bytes,
@@ -80,9 +78,8 @@ py::bytes pack_counts(const std::vector<Count>& counts) {
                             c.ideal_sectors,
                             c.wavefronts,
                             c.ideal_wavefronts};
-    for (uint64_t v : row) flat.push_back(last ? 0 : v);
+    for (uint64_t v : row) *to++ += static_cast<int64_t>(v);
   }
-  return py::bytes(reinterpret_cast<const char*>(flat.data()), flat.size() * sizeof(uint64_t));
 }
 
 Options read_options(const py::dict& d) {
@@ -106,7 +103,7 @@ using TensorRow = std::tuple<std::string, uint64_t, uint64_t, uint32_t, uint64_t
 
 py::tuple launch(const Program& program, const std::string& name, std::array<uint32_t, 3> grid,
                  std::array<uint32_t, 3> block, int64_t dynamic_shared, const py::bytes& parameters,
-                 const std::vector<TensorRow>& tensors, const py::dict& options) {
+                 const std::vector<TensorRow>& tensors, const py::dict& options, uint64_t counts) {
   Launch l;
   l.program = &program;
   l.kernel = &find_kernel(program, name);
@@ -146,8 +143,12 @@ py::tuple launch(const Program& program, const std::string& name, std::array<uin
     result = run_launch(l);
   }
   py::object report = py::none();
-  if (result.report.failed) report = describe_report(result.report);
-  return py::make_tuple(report, pack_counts(result.counts), py::bytes(result.printed));
+  if (result.report.failed) {
+    report = describe_report(result.report);
+  } else {
+    add_counts(result.counts, reinterpret_cast<int64_t*>(counts));
+  }
+  return py::make_tuple(report, py::bytes(result.printed));
 }
 
 }  // namespace

@@ -82,9 +82,11 @@ struct Tracked {
   int operand[kMaxOperands];
 };
 
-struct Instr {
+// What every instruction needs when it runs comes first, in one cache line with its first operands.
+struct alignas(64) Instr {
   Handler run = nullptr;
   uint32_t guard = kNoRegister;
+  int32_t index = 0;  // own position
   bool guard_negated = false;
   Kind kind = Kind::kLane;
   Class klass = Class::kInteger;
@@ -95,20 +97,19 @@ struct Instr {
   uint8_t width = 1;          // elements of a vector access, matrices of ldmatrix
   uint8_t bytes = 0;          // of one element in memory
   uint8_t member = 0;         // index in r of a collective's member mask
-  uint32_t all_members = 0;   // the mask, if it is a constant
   uint8_t address = 0;        // index in r of the address register
   bool wide_address = false;  // 64-bit
   uint8_t order = 0;          // kStrong, kReleases
   bool uniform = false;       // bra.uni: all lanes must go one way
   Track track = Track::kAny;
-  uint64_t sources = 0;         // bits of Kernel::pointers that a global address may come from
-  int32_t tracked = -1;         // index in Kernel::tracked: may meet an unset register
-  Handler untracked = nullptr;  // then: what `run` was
+  int64_t imm = 0;       // address offset, or the handler's own
+  uint32_t mode = 0;     // meaning is the handler's own
+  int32_t tracked = -1;  // index in Kernel::tracked: may meet an unset register
   uint32_t r[kMaxOperands] = {};
-  uint32_t mode = 0;   // meaning is the handler's own
-  int64_t imm = 0;     // address offset, or the handler's own
-  int32_t target = 0;  // branch
-  int32_t index = 0;   // own position
+  uint32_t all_members = 0;     // the member mask, if it is a constant
+  int32_t target = 0;           // branch
+  uint64_t sources = 0;         // bits of Kernel::pointers that a global address may come from
+  Handler untracked = nullptr;  // where tracked: what `run` was
   Place place;
 };
 

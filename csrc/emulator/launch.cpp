@@ -16,6 +16,37 @@ namespace llmkern {
 namespace emulator {
 namespace {
 
+// What workers of earlier launches leave for later ones, since clearing it costs more than a small
+// launch: shadows forget by epochs and ticks, and all registers are set when a worker starts.
+struct Kept {
+  SharedShadow shadow;
+  std::unique_ptr<LaneShadow> lanes;
+  std::vector<char> registers;
+};
+class Shelf {
+ public:
+  void take(Worker* worker) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (kept_.empty()) return;
+    worker->shadow = std::move(kept_.back().shadow);
+    worker->lanes = std::move(kept_.back().lanes);
+    worker->registers = std::move(kept_.back().registers);
+    kept_.pop_back();
+  }
+  void put(Worker* worker) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (kept_.size() == kMost) return;
+    kept_.push_back({std::move(worker->shadow), std::move(worker->lanes),
+                     std::move(worker->registers)});
+  }
+
+ private:
+  static constexpr size_t kMost = 8;
+  std::mutex mutex_;
+  std::vector<Kept> kept_;
+};
+Shelf shelf;
+
 class Run {
  public:
   explicit Run(Launch& launch) : launch_(launch) {
@@ -80,6 +111,7 @@ class Run {
       printed_.emplace_back(position, std::move(worker.printed));
       worker.printed.clear();
     }
+    shelf.put(&worker);
     const std::lock_guard<std::mutex> guard(mutex_);
     for (size_t i = 0; i < result_.counts.size(); ++i) result_.counts[i].add(worker.counts[i]);
   }
@@ -101,7 +133,9 @@ class Run {
     const size_t stride = (k.register_image.size() + 63) / 64 * 64;
     const auto warps = static_cast<size_t>(launch_.warps());
     worker->launch = &launch_;
-    worker->registers.resize(stride * warps + 64);
+    shelf.take(worker);
+    const size_t bytes = stride * warps + 64;
+    if (worker->registers.size() < bytes) worker->registers.resize(bytes);
     char* base = worker->registers.data();
     base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
     for (size_t i = 0; i < warps; ++i)
@@ -111,7 +145,11 @@ class Run {
     worker->poison.resize(static_cast<size_t>(k.poison_slots) * warps + 1);
     worker->counts.resize(k.code.size());
     worker->hints.resize(k.code.size());
-    if (launch_.options.warp_races) worker->lanes = std::make_unique<LaneShadow>();
+    if (!launch_.options.warp_races) {
+      worker->lanes = nullptr;
+    } else if (worker->lanes == nullptr) {
+      worker->lanes = std::make_unique<LaneShadow>();
+    }
   }
 
   Launch& launch_;

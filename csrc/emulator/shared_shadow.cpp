@@ -70,16 +70,33 @@ void SharedShadow::begin_cta(int64_t bytes) {
   base_ = ++epoch_;
 }
 
-ShadowWord* SharedShadow::whole(uint32_t address) {
+// The loops over a warp's accesses take the plain cases at once: what is read is set and ordered,
+// what is written nobody else has touched since the last barrier. The rest goes to check_read,
+// check_write.
+inline bool SharedShadow::plain_read(const Warp& w, const ShadowWord& word, uint8_t bytes) const {
+  return word.write_epoch >= base_ && (word.set & bytes) == bytes &&
+         (word.in_flight & bytes) == 0 && word.write_epoch <= w.seen[word.write_at & 31] &&
+         word.read_epoch <= w.epoch;
+}
+
+inline bool SharedShadow::plain_write(const Warp& w, const ShadowWord& word) const {
+  return word.in_flight == 0 && word.write_epoch <= w.seen[word.write_at & 31] &&
+         (word.read_epoch <= w.all_seen || (word.readers & ~(1u << w.id)) == 0);
+}
+
+inline ShadowWord* SharedShadow::whole(uint32_t address) {
   ShadowGranule& g = granules_[address / kGranule];
-  if (!g.split) return &g.whole;
-  const ShadowWord* first = &words_[address / kGranule * kWords];
+  return !g.split || join(address / kGranule) ? &g.whole : nullptr;
+}
+
+bool SharedShadow::join(uint32_t granule) {
+  const ShadowWord* first = &words_[granule * kWords];
   for (int i = 1; i < kWords; ++i) {
-    if (std::memcmp(first, first + i, sizeof *first) != 0) return nullptr;
+    if (std::memcmp(first, first + i, sizeof *first) != 0) return false;
   }
-  g.whole = *first;
-  g.split = false;
-  return &g.whole;
+  granules_[granule].whole = *first;
+  granules_[granule].split = false;
+  return true;
 }
 
 // Reads that everyone who can write has seen the end of need not be kept: words may differ in them.
@@ -215,20 +232,6 @@ void SharedShadow::check_write(Warp& w, const Instr& in, int lane, uint32_t addr
     }
   }
   record_write(w, in.index, &word, bytes);
-}
-
-// The loops over a warp's accesses take the plain cases at once: what is read is set and ordered,
-// what is written nobody else has touched since the last barrier. The rest goes to check_read,
-// check_write.
-bool SharedShadow::plain_read(const Warp& w, const ShadowWord& word, uint8_t bytes) const {
-  return word.write_epoch >= base_ && (word.set & bytes) == bytes &&
-         (word.in_flight & bytes) == 0 && word.write_epoch <= w.seen[word.write_at & 31] &&
-         word.read_epoch <= w.epoch;
-}
-
-bool SharedShadow::plain_write(const Warp& w, const ShadowWord& word) const {
-  return word.in_flight == 0 && word.write_epoch <= w.seen[word.write_at & 31] &&
-         (word.read_epoch <= w.all_seen || (word.readers & ~(1u << w.id)) == 0);
 }
 
 namespace {

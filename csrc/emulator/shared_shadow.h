@@ -26,7 +26,7 @@ struct ShadowWord {
 };
 
 // 16 bytes. While all accesses are of the whole of it, one record stands for its four words.
-struct ShadowGranule {
+struct alignas(32) ShadowGranule {
   ShadowWord whole;
   bool split = false;  // into words
 };
@@ -59,6 +59,7 @@ class SharedShadow {
 
   // The record of all 16 bytes, if there is one: put together from equal words where it can be.
   ShadowWord* whole(uint32_t address);
+  bool join(uint32_t granule);
   ShadowWord* whole_for_write(const Warp& w, uint32_t address);
   ShadowWord& word(uint32_t address);  // splits
   const ShadowWord& look(uint32_t address) const;

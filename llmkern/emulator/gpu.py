@@ -110,6 +110,7 @@ class Device:
             block = (block,) if isinstance(block, int) else tuple(block)
             return self.instead(Launch(program, kernel, block, shared_bytes))
         known = [tensor_row(*entry) for entry in self._memory.values()]
+        launches, counts = self._counts.get((kernel, program), (0, None))
         counts = program.run(
             kernel,
             grid,
@@ -118,10 +119,10 @@ class Device:
             shared_bytes=shared_bytes,
             memory=[*known, *memory],
             options=self.options,
+            counts=counts,
             output=self._print,
         )
-        launches, before = self._counts.get((kernel, program), (0, 0))
-        self._counts[kernel, program] = launches + 1, before + counts
+        self._counts[kernel, program] = launches + 1, counts
 
     def _print(self, text: str) -> None:
         self.printed += text

@@ -73,6 +73,8 @@ class Named(NamedTuple):
 
 def extent(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to past its last one."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     if tensor.numel() == 0:
         return 0
     span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -95,16 +97,12 @@ def pack(value: Any, size: int) -> bytes:
     """The bytes of one parameter of `size` bytes."""
     if isinstance(value, bytes):
         raw = value
-    elif value is None:
-        raw = bytes(size)
-    elif isinstance(value, torch.Tensor):
-        raw = struct.pack("<Q", value.data_ptr())
     elif isinstance(value, float):
         raw = struct.pack("<" + _FLOAT_FORMATS.get(size, "d"), value)
-    elif hasattr(value, "data_ptr"):
+    elif not isinstance(value, int) and hasattr(value, "data_ptr"):
         raw = struct.pack("<Q", value.data_ptr())
     else:
-        raw = (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        raw = (int(value or 0) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
     if len(raw) != size:
         raise ArgumentError(f"a parameter of {size} bytes got {len(raw)} bytes")
     return raw
@@ -129,6 +127,7 @@ class Program:
         extension = _ext.load()
         try:
             self._program = extension.Program(ptx)
+            self._described: dict[str, dict[str, Any]] = {}
         except extension.PtxError as error:
             raise PtxError(str(error)) from None
 
@@ -138,7 +137,9 @@ class Program:
 
     def describe(self, kernel: str) -> dict[str, Any]:
         """Parameters (name, offset, bytes), shared and local bytes, required threads."""
-        return self._program.describe(kernel)
+        if kernel not in self._described:
+            self._described[kernel] = self._program.describe(kernel)
+        return self._described[kernel]
 
     def variables(self) -> dict[str, tuple[int, int]]:
         """Address and bytes of each .global and .const variable, by its PTX name."""
@@ -187,6 +188,7 @@ class Program:
         shared_bytes: int = 0,
         memory: Sequence[Row] = (),
         options: Options | None = None,
+        counts: torch.Tensor | None = None,
         output: Callable[[str], object] | None = None,
     ) -> torch.Tensor:
         """Run a kernel to its end.
@@ -200,6 +202,7 @@ class Program:
             memory: further memory it may touch, as tensor_row() gives it; a tensor that is here and
                 an argument too is known by the name given here.
             options: checks and order; defaults to Options().
+            counts: of earlier runs, added to and returned; new ones by default.
             output: gets what the kernel's printf wrote, CTA by CTA; sys.stdout.write by default.
 
         Returns:
@@ -224,12 +227,15 @@ class Program:
             if isinstance(argument, torch.Tensor) and argument.data_ptr() not in given:
                 known.append(tensor_row(name, argument))
             packed[offset : offset + size] = pack(argument, size)
+        if counts is None:
+            counts = torch.zeros(described["instructions"], 7, dtype=torch.int64)
         if 0 in grid_size:
-            return torch.zeros(described["instructions"], 7, dtype=torch.int64)
+            return counts
         choices = (options or Options())._asdict()
+        where = grid_size, block_size, shared_bytes
         try:
-            report, counts, printed = self._program.launch(
-                kernel, grid_size, block_size, shared_bytes, bytes(packed), known, choices
+            report, printed = self._program.launch(
+                kernel, *where, bytes(packed), known, choices, counts.data_ptr()
             )
         except ValueError as error:
             raise ArgumentError(f"{kernel}: {error}") from None
@@ -237,4 +243,4 @@ class Program:
             (output or sys.stdout.write)(printed.decode(errors="replace"))
         if report is not None:
             raise EmulatorError(report)
-        return torch.frombuffer(bytearray(counts), dtype=torch.int64).view(-1, 7)
+        return counts

@@ -86,6 +86,14 @@ class Launcher:
         self.names = list(src.fn.arg_names) if hasattr(src, "fn") else list(src.signature)
         self.signature = list(src.signature.values())
         self.metadata = metadata
+        # (type, name, position) of the kernel's arguments, if they come one by one.
+        self.plain = [
+            (kind, name, i)
+            for i, (kind, name) in enumerate(zip(self.signature, self.names, strict=True))
+            if kind != "constexpr"
+        ]
+        if any(isinstance(kind, tuple) or kind.startswith("tensordesc") for kind, *_ in self.plain):
+            self.plain = None
 
     def __call__(
         self,
@@ -101,8 +109,11 @@ class Launcher:
         *args,
     ):
         flat: list[tuple[str, str, Any]] = []
-        for kind, name, value in zip(self.signature, self.names, args, strict=True):
-            _flatten(kind, value, name, flat)
+        if self.plain is not None:
+            flat = [(kind, name, args[i]) for kind, name, i in self.plain]
+        else:
+            for kind, name, value in zip(self.signature, self.names, args, strict=True):
+                _flatten(kind, value, name, flat)
         arguments = [Named(name, self._argument(kind, value)) for kind, name, value in flat]
         ctas = grid_x * grid_y * grid_z
         arguments.append(Named("global scratch", self._scratch("global", ctas)))
