@@ -106,7 +106,7 @@ def inspect(op: str, form: Any, capability: int) -> Compiled:
         BackendError: triton or one of its tools is missing, or its interpreter is on.
     """
     built = _build(form, capability)
-    registers, spill_bytes = _assembled(built.asm["ptx"], capability)
+    registers, spill_bytes, _ = _assembled(built.asm["ptx"], capability)
     counts = _instructions(built.asm["cubin"])
     metadata = built.metadata
     programs = resident(
@@ -134,6 +134,25 @@ def inspect(op: str, form: Any, capability: int) -> Compiled:
         loads_16=_matching(counts, LOAD_16),
         stores_16=_matching(counts, STORE_16),
     )
+
+
+class Code(NamedTuple):
+    """What ptxas makes of PTX."""
+
+    registers: int
+    spill_bytes: int
+    instructions: int
+
+
+def assemble(ptx: str, capability: int) -> Code:
+    """Assemble PTX that Triton wrote.
+
+    Raises:
+        BackendError: triton or one of its tools is missing.
+    """
+    registers, spill_bytes, cubin = _assembled(ptx, capability)
+    counts = _instructions(cubin)
+    return Code(registers, spill_bytes, counts.total() - counts["NOP"])
 
 
 def resident(
@@ -196,9 +215,9 @@ def _run(command: list[str]) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def _assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers, spill bytes) as `ptxas -v` tells them under the flags that Triton gives it. The
-    register count of the finished file alone would not show spills."""
+def _assembled(ptx: str, capability: int) -> tuple[int, int, bytes]:
+    """(registers, spill bytes, cubin), the first two as `ptxas -v` tells them under the flags that
+    Triton gives it. The register count of the finished file alone would not show spills."""
     ptxas = _tool("ptxas-blackwell" if capability >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -206,10 +225,11 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int]:
         chip = f"sm_{capability}{'a' if capability >= 90 else ''}"
         _, log = _run([ptxas, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={chip}",
                        str(source), "-o", str(source.with_suffix(".cubin"))])  # fmt: skip
+        cubin = source.with_suffix(".cubin").read_bytes()
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise BackendError(f"kernels: ptxas said nothing of registers: {log.strip()}")
-    return int(registers[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    return int(registers[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log))), cubin
 
 
 def _instructions(cubin: bytes) -> Counter[str]:

@@ -120,6 +120,7 @@ class Program:
     """
 
     def __init__(self, ptx: str):
+        self.ptx = ptx
         extension = _ext.load()
         try:
             self._program = extension.Program(ptx)
