@@ -1,4 +1,4 @@
-"""Triton kernels index in 64 bits: rows 2^31 + 48 elements apart, in memory that is only reserved.
+"""Triton kernels index in 64 bits: rows 2^30 + 48 elements apart, in memory that is only reserved.
 Attention's is in test_attention_properties.py."""
 
 import mmap
@@ -15,7 +15,7 @@ pytestmark = [
     ),
     pytest.mark.usefixtures("emulated_triton"),
 ]
-GAP, ROWS, COLS = 2**31 + 48, 3, 64
+GAP, ROWS, COLS = 2**30 + 48, 3, 64  # a stride of 32 bits, of which row 2 lies beyond them
 WEIGHT = torch.linspace(-1.0, 1.0, COLS * COLS).reshape(COLS, COLS).bfloat16()
 OPS = {
     "layer_norm": lambda x: functional.layer_norm(x, COLS, WEIGHT[0], WEIGHT[1]),
@@ -28,7 +28,7 @@ OPS = {
 
 @pytest.fixture(scope="module")
 def apart():
-    """Rows [3, 64] with a stride beyond 2^31, twice: an input and a gradient."""
+    """Rows [3, 64], the last one beyond 2^31 elements, twice: an input and a gradient."""
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * GAP + 4 * COLS)), dtype=torch.bfloat16)
     rows = [memory[start:].as_strided((ROWS, COLS), (GAP, 1)) for start in (0, 2 * COLS)]
     for t in rows:
@@ -37,7 +37,7 @@ def apart():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_rows_beyond_2_31_are_read_where_they_lie(op, apart):
+def test_elements_beyond_2_31_are_read_where_they_lie(op, apart):
     results = []
     for x, dy in (apart, [t.clone() for t in apart]):
         torch.manual_seed(5)
