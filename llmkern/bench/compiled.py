@@ -107,7 +107,7 @@ def inspect(op: str, form: Any, capability: int) -> Compiled:
         BackendError: triton or one of its tools is missing, or its interpreter is on.
     """
     built = _build(form, capability)
-    registers, spill_bytes = _assembled(built.asm["ptx"], capability)
+    registers, spill_bytes, _ = _assembled(built.asm["ptx"], capability)
     counts = instructions(built.asm["cubin"], triton_tool("nvdisasm"))
     metadata = built.metadata
     programs = resident(
@@ -147,6 +147,25 @@ def row_of(counts: Counter[str], *, target: str, num_warps: int, programs: int, 
         stores_16=_matching(counts, STORE_16),
         **known,
     )
+
+
+class Code(NamedTuple):
+    """What ptxas makes of PTX."""
+
+    registers: int
+    spill_bytes: int
+    instructions: int
+
+
+def assemble(ptx: str, capability: int) -> Code:
+    """Assemble PTX that Triton wrote.
+
+    Raises:
+        BackendError: triton or one of its tools is missing.
+    """
+    registers, spill_bytes, cubin = _assembled(ptx, capability)
+    counts = instructions(cubin, triton_tool("nvdisasm"))
+    return Code(registers, spill_bytes, counts.total() - counts["NOP"])
 
 
 def resident(
@@ -209,19 +228,21 @@ def _run(command: list[str]) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def _assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers, spill bytes) as `ptxas -v` tells them under the flags that Triton gives it. The
-    register count of the finished file alone would not show spills."""
+def _assembled(ptx: str, capability: int) -> tuple[int, int, bytes]:
+    """(registers, spill bytes, cubin), the first two as `ptxas -v` tells them under the flags that
+    Triton gives it. The register count of the finished file alone would not show spills."""
     ptxas = triton_tool("ptxas-blackwell" if capability >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         chip = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        return assemble([ptxas, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={chip}",
-                         str(source), "-o", str(source.with_suffix(".cubin"))])  # fmt: skip
+        registers, spill_bytes = ptxas_figures(
+            [ptxas, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={chip}",
+             str(source), "-o", str(source.with_suffix(".cubin"))])  # fmt: skip
+        return registers, spill_bytes, source.with_suffix(".cubin").read_bytes()
 
 
-def assemble(command: list[str]) -> tuple[int, int]:
+def ptxas_figures(command: list[str]) -> tuple[int, int]:
     """(registers, spill bytes) as a run of `ptxas -v` on one kernel tells them."""
     _, log = _run(command)
     registers = re.search(r"Used (\d+) registers", log)

@@ -188,7 +188,7 @@ def _assembled(ptx: str, kernel: str, capability: int) -> tuple[int, int, bytes]
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        registers, spill_bytes = compiled.assemble(
+        registers, spill_bytes = compiled.ptxas_figures(
             [tool("ptxas"), "-v", "-lineinfo", f"--gpu-name=sm_{capability}", "--entry", kernel,
              str(source), "-o", str(cubin)]
         )  # fmt: skip

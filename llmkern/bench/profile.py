@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llmkern import cost, dispatch, emulator
-from llmkern.bench import command, registry
+from llmkern.bench import against_peers, command, peers, registry
 from llmkern.bench.suites import kernels
 
 BACKENDS = ("triton", "cuda")
@@ -28,7 +28,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="count what a GPU backend's kernels do for a benchmark case, in the emulator",
         description="Needs no GPU. Counts are of the PTX, of an emulated card; they are not times.",
     )
-    parser.add_argument("filter", metavar="WORDS", help="e.g. attention/causal, layer_norm")
+    parser.add_argument(
+        "filter", nargs="?", metavar="WORDS", help="e.g. attention/causal, layer_norm"
+    )
+    parser.add_argument(
+        "--against-peers",
+        action="store_true",
+        help="our Triton kernels beside those of other projects, on sm_80",
+    )
     parser.add_argument("--backend", choices=BACKENDS, default="triton")
     parser.add_argument("--target", default="sm_80", metavar="SM", help="emulated architecture")
     parser.add_argument("--dtype", type=command.dtype_list, metavar="D[,D]",
@@ -39,6 +46,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
+    if arguments.against_peers:
+        return _against_peers(arguments.filter, arguments.json)
+    if arguments.filter is None:
+        raise ValueError("profile: name a case, as `llmkern explain` does, or --against-peers")
     cases = registry.select(kernels.default(arguments.dtype), arguments.filter)
     if not cases:
         raise ValueError(f"no case matches {arguments.filter!r}")
@@ -55,10 +66,26 @@ def run_command(arguments: argparse.Namespace) -> int:
                 f"{result['warp_instructions']:,} warp instructions\n"
             )
             print(f"{report}\n")
-    if arguments.json is not None:
-        text = json.dumps(results, indent=1)
-        print(text) if to_stdout else arguments.json.write_text(text + "\n")
+    _write(results, arguments.json)
     return 0
+
+
+def _write(results: list[dict[str, Any]], file: Path | None) -> None:
+    if file is not None:
+        text = json.dumps(results, indent=1)
+        print(text) if str(file) == "-" else file.write_text(text + "\n")
+
+
+def _against_peers(words: str | None, file: Path | None) -> int:
+    """Exit code 1 where a peer needs less of something."""
+    rows = list(against_peers.measure(words))
+    if not rows:
+        raise ValueError(f"no row matches {words!r}")
+    if str(file) != "-":
+        print(against_peers.table(rows))
+        print(f"\nours / best peer ({peers.DATE}: {', '.join(peers.SOURCES)})")
+    _write([row.row() for row in rows], file)
+    return 1 if any(row.excess for row in rows) else 0
 
 
 def profile(

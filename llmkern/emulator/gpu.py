@@ -140,6 +140,10 @@ class Device:
         """Names of the kernels that ran."""
         return list(dict.fromkeys(name for name, _ in self._counts))
 
+    def programs(self, kernel: str) -> list[Program]:
+        """The programs of that kernel that ran: one for each form that was compiled."""
+        return [program for name, program in self._counts if name == kernel]
+
     def reset_counters(self) -> None:
         self._counts.clear()
 

@@ -234,7 +234,7 @@ def _launch_levels(spec, shape, dout, out, lse, dlse) -> dict[str, Tensor]:
     lse = lse.contiguous()
     level, delta = (torch.empty_like(lse) for _ in range(2))
     tile = tiles.pick_rows(shape)
-    programs = -(-lse.numel() // tile.block_m)
+    programs = -(-spec.q_len // tile.block_m) * spec.batch * spec.heads
     if programs:
         attention_levels[(programs,)](
             out,
@@ -247,7 +247,6 @@ def _launch_levels(spec, shape, dout, out, lse, dlse) -> dict[str, Tensor]:
             *dout.stride()[:3],
             spec.heads,
             spec.q_len,
-            lse.numel(),
             spec.scale,
             FORM=shape,
             BLOCK_R=tile.block_m,
@@ -439,7 +438,7 @@ def _side_forms(spec: AttentionSpec, capability: int) -> Iterator[Compilation]:
                       {"BLOCK": tiles.SINK_BLOCK}, 4)  # fmt: skip
     rows = [f"{name}_stride_{axis}" for name in ("out", "dout") for axis in "bhs"]
     types = {"out": pointer, "dout": pointer, "lse": "*fp32", "dlse": None, "level": "*fp32",
-             "delta": "*fp32", **dict.fromkeys([*rows, "heads", "q_len", "rows"], "i32"),
+             "delta": "*fp32", **dict.fromkeys([*rows, "heads", "q_len"], "i32"),
              "scale": "fp32"}  # fmt: skip
     tile = tiles.pick_rows(shape)
     yield compilation("attention_levels D64 bf16",

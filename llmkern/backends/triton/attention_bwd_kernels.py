@@ -69,7 +69,7 @@ def load_levels(rows, at, i, q_len, EDGE: tl.constexpr):
     return tl.load(level + at + i), tl.load(delta + at + i)
 
 
-@triton.jit(do_not_specialize=["q_len", "rows"])
+@triton.jit(do_not_specialize=["q_len"])
 def attention_levels(
     out,
     dout,
@@ -85,24 +85,24 @@ def attention_levels(
     dout_stride_s,
     heads,
     q_len,
-    rows,
     scale,
     FORM: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """What backward needs of each row (b * H + h) * S + i: delta, and lse as `pair_gradients` takes
-    it, +inf for rows that see nothing."""
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    live = r < rows
-    i = r % q_len
-    head = r // q_len % heads
-    b = r // q_len // heads
-    c = tl.arange(0, FORM.block_dv)
-    inside = live[:, None] & (c < FORM.value_dim)[None, :]
-    at = b * out_stride_b + head * out_stride_h + i * out_stride_s
-    o = tl.load(out + at[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    at = b * dout_stride_b + head * dout_stride_h + i * dout_stride_s
-    do = tl.load(dout + at[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    it, +inf for rows that see nothing. Grid: (blocks of rows * B * H,)."""
+    tiles = tl.cdiv(q_len, BLOCK_R)
+    unit = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BLOCK_R
+    b, head = unit // heads, unit % heads
+    i = first + tl.arange(0, BLOCK_R)
+    live = i < q_len
+    r = tl.cast(unit, tl.int64) * q_len + i
+    at, stride = open_head(b, head, (out, out_stride_b, out_stride_h, out_stride_s))
+    o = load_rows(at, first, stride, q_len, BLOCK_R, FORM.value_dim, FORM.block_dv, True)
+    at, stride = open_head(b, head, (dout, dout_stride_b, dout_stride_h, dout_stride_s))
+    do = load_rows(at, first, stride, q_len, BLOCK_R, FORM.value_dim, FORM.block_dv, True)
+    o, do = o.to(tl.float32), do.to(tl.float32)
     pull = tl.sum(o * do, 1)
     if dlse is not None:
         pull = pull - tl.load(dlse + r, mask=live, other=0.0)

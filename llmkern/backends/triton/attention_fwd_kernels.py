@@ -32,9 +32,23 @@ from llmkern.backends.triton.philox_kernels import load_keys
 
 
 @triton.jit
-def open_rows(pid, tiles, q, heads, kv_heads, q_len, FORM: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Who the program serves: (batch, kv head, query head of each row, query of each row, slab,
-    first query, last query, rows that exist, the rows of q)."""
+def place(b, head, i, first, tensor, FORM: tl.constexpr):
+    """(pointer, offset of each row from it) of queries i [M] in a [B, H, S, dim] tensor; 32 bits
+    are enough for it unless the rows are of several heads."""
+    at, stride_b, stride_h, stride_s = tensor
+    at = at + tl.cast(b, tl.int64) * stride_b
+    if FORM.packed:
+        rows = head.to(tl.int64) * stride_h + i.to(tl.int64) * stride_s
+    else:
+        at = at + tl.cast(head, tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_s
+        rows = (i - first) * stride_s
+    return at, rows
+
+
+@triton.jit
+def open_rows(pid, tiles, heads, kv_heads, q_len, FORM: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Who the program serves: (batch, kv head, query head (of each row if packed), query of each
+    row, slab, first query, last query, rows that exist)."""
     group = heads // kv_heads
     tile = pid % tiles
     unit = pid // tiles
@@ -53,21 +67,23 @@ def open_rows(pid, tiles, q, heads, kv_heads, q_len, FORM: tl.constexpr, BLOCK_M
     else:
         b = unit // heads
         kv_head = unit % heads // group
-        head = unit % heads + r * 0
+        head = unit % heads
         i = r
         live = r < q_len
         slab = unit
         first = tile * BLOCK_M
         last = tl.minimum(first + BLOCK_M, q_len) - 1
-    at, stride_b, stride_h, stride_s = q
-    rows = tl.cast(b, tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    rows = rows + i.to(tl.int64) * stride_s
+    return b, kv_head, head, i, slab, first, last, live
+
+
+@triton.jit
+def load_queries(at, rows, live, FORM: tl.constexpr):
+    """The rows of q, 0 where there is none and beyond head_dim."""
     c = tl.arange(0, FORM.block_d)
     inside = live[:, None]
     if FORM.head_dim < FORM.block_d:
         inside = inside & (c < FORM.head_dim)[None, :]
-    tile_q = tl.load(at + rows[:, None] + c[None, :], mask=inside, other=0.0)
-    return b, kv_head, head, i, slab, first, last, live, tile_q
+    return tl.load(at + rows[:, None] + c[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -77,7 +93,7 @@ def start(sinks, head, live, FORM: tl.constexpr, BLOCK_M: tl.constexpr):
     top = tl.full([BLOCK_M], -INFINITY, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if FORM.sinks:
-        top = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
+        top = tl.load(sinks + (head + tl.arange(0, BLOCK_M) * 0), mask=live, other=0.0)
         total = tl.where(top == -INFINITY, 0.0, 1.0)
     return tl.zeros([BLOCK_M, width], tl.float32), top, total
 
@@ -104,7 +120,9 @@ def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
         if EDGE or FORM.masked:
             s = tl.where(visible, s, -INFINITY)
         higher = tl.maximum(top, tl.max(s, 1))
-        least = tl.where(higher == -INFINITY, 0.0, higher)  # never inf - inf
+        least = higher
+        if FORM.hides or FORM.sinks or FORM.split:  # else a row sees some key of every block
+            least = tl.where(higher == -INFINITY, 0.0, higher)  # never inf - inf
         p = exponential(s, least[:, None], rule, FORM)
         fade = tl.exp2((top - least) * factor)
         total = total * fade + tl.sum(p, 1)
@@ -121,7 +139,9 @@ def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
 def attend_carefully(out, out_rows, live, scale, lse, q, k, v, begin, end, i, slab, offsets, size,
                      side, rule, drop, FORM: tl.constexpr):  # fmt: skip
     """Overwrite the program's rows of `out`: what `attend` gives, had hidden rows of v been finite.
-    A few columns at a time, for which the weights are computed again."""
+    A few columns at a time, for which the weights are computed again; q too is read again in parts,
+    so that nothing of this takes registers in `attend`. q: (pointer, offsets of rows)."""
+    q_base, q_rows = q
     k_base, k_stride = k
     v_base, v_stride = v
     bias_rows, mask_rows, slope = offsets
@@ -129,13 +149,17 @@ def attend_carefully(out, out_rows, live, scale, lse, q, k, v, begin, end, i, sl
     keys, threshold = drop
     least = tl.where(lse == -INFINITY, INFINITY, lse)
     for column in range(0, FORM.block_dv, CAREFUL_COLUMNS):
-        zero = tl.zeros([q.shape[0], CAREFUL_COLUMNS], tl.float32)
+        zero = tl.zeros([live.shape[0], CAREFUL_COLUMNS], tl.float32)
         totals = (zero, zero, zero)
         for j0 in tl.range(begin, end, CAREFUL_KEYS, num_stages=1):
-            kt = load_rows(
-                k_base, j0, k_stride, kv_len, CAREFUL_KEYS, FORM.head_dim, FORM.block_d, True
-            )
-            qk = tl.dot(q, tl.trans(kt), input_precision=FORM.precision)
+            qk = tl.zeros([live.shape[0], CAREFUL_KEYS], tl.float32)
+            for channel in tl.range(0, FORM.block_d, CAREFUL_COLUMNS, num_stages=1):
+                c = channel + tl.arange(0, CAREFUL_COLUMNS)
+                part = tl.load(q_base + q_rows[:, None] + c[None, :], other=0.0,
+                               mask=live[:, None] & (c < FORM.head_dim)[None, :])  # fmt: skip
+                kt = load_columns(k_base, j0, k_stride, kv_len, channel, FORM.head_dim,
+                                  CAREFUL_KEYS, CAREFUL_COLUMNS)  # fmt: skip
+                qk = tl.dot(part, tl.trans(kt), qk, input_precision=FORM.precision)
             s, visible, derivative = tile_scores(
                 qk, i[:, None], tl.arange(0, CAREFUL_KEYS)[None, :], 0, j0, bias_rows, mask_rows,
                 slope, size, side, rule, FORM, True
@@ -216,9 +240,11 @@ def attention_fwd(
     pid = tl.program_id(0)
     if FORM.right:  # later rows see more keys: they start first
         pid = pid // tiles * tiles + (tiles - 1 - pid % tiles)
-    b, kv_head, head, i, slab, first, last, live, tile_q = open_rows(
-        pid, tiles, (q, q_stride_b, q_stride_h, q_stride_s), heads, kv_heads, q_len, FORM, BLOCK_M
+    b, kv_head, head, i, slab, first, last, live = open_rows(
+        pid, tiles, heads, kv_heads, q_len, FORM, BLOCK_M
     )
+    q_base, q_rows = place(b, head, i, first, (q, q_stride_b, q_stride_h, q_stride_s), FORM)
+    tile_q = load_queries(q_base, q_rows, live, FORM)
     keys = open_head(b, kv_head, (k, k_stride_b, k_stride_h, k_stride_s))
     values = open_head(b, kv_head, (v, v_stride_b, v_stride_h, v_stride_s))
     offsets = open_sides(b, head, i, (bias_stride_b, bias_stride_h, bias_stride_i),
@@ -254,19 +280,21 @@ def attention_fwd(
                        rule, drop, FORM, True, BLOCK_N)  # fmt: skip
     acc, top, total = state
     row_lse = top * unit + tl.log2(total) * LN2
-    acc = acc * (drop_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    if FORM.hides or FORM.sinks or FORM.split:
+        total = tl.where(total == 0.0, 1.0, total)
+    acc = acc * (drop_scale / total)[:, None]
     lse_rows = (tl.cast(b, tl.int64) * heads + head) * q_len + i
-    out_rows = tl.cast(b, tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-    out_rows = out_rows + i.to(tl.int64) * out_stride_s
+    out, out_rows = place(b, head, i, first, (out, out_stride_b, out_stride_h, out_stride_s), FORM)
     if FORM.split:
         lse_rows = lse_rows + part * tl.cast(part_rows, tl.int64)
-        out_rows = out_rows + part * tl.cast(part_rows, tl.int64) * FORM.value_dim
+        out = out + part * tl.cast(part_rows, tl.int64) * FORM.value_dim
     tl.store(lse + lse_rows, row_lse, mask=live)
     c = tl.arange(0, FORM.block_dv)
     tl.store(out + out_rows[:, None] + c[None, :], acc.to(out.dtype.element_ty),
              mask=live[:, None] & (c < FORM.value_dim)[None, :])  # fmt: skip
     if FORM.hides:
-        if not_finite(tl.where(live[:, None], acc, 0.0)) != 0.0:
-            attend_carefully(out, out_rows, live, drop_scale, row_lse / unit, tile_q, keys, values,
-                             begin, end, i, slab, offsets, size, side, rule, drop,
+        if not_finite(acc) != 0.0:  # rows that do not exist see what the last one sees
+            rows_of_q = place(b, head, i, first, (q, q_stride_b, q_stride_h, q_stride_s), FORM)
+            attend_carefully(out, out_rows, live, drop_scale, row_lse / unit, rows_of_q, keys,
+                             values, begin, end, i, slab, offsets, size, side, rule, drop,
                              FORM)  # fmt: skip

@@ -61,7 +61,7 @@ def load_rows(base, first, stride, rows, BLOCK_R: tl.constexpr, COLS: tl.constex
     is below 2^24 (attention._rows)."""
     r = tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
-    at = base + tl.cast(first, tl.int64) * stride + (r[:, None] * stride + c[None, :])
+    at = base + tl.cast(first, tl.int64) * stride + (r[:, None] * stride + c[None, :]).to(tl.uint32)
     if BOUNDED:
         inside = (first + r < rows)[:, None]
         if COLS < BLOCK_C:
@@ -221,9 +221,10 @@ def kept(keys, slab, i, j0, threshold, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def not_finite(x):
-    """0.0 where all of a tile is finite, else NaN. One reduction: for sm_100 Triton 3.7 cannot
-    lower one after the other."""
-    return tl.sum(tl.reshape(x * 0.0, [x.shape[0] * x.shape[1]]), 0)
+    """0.0 where all of a tile is finite, else NaN; also NaN where the sum of it overflows, which
+    costs a careful pass and no more. One reduction: for sm_100 Triton 3.7 cannot lower one after
+    the other."""
+    return tl.sum(tl.reshape(x, [x.shape[0] * x.shape[1]]), 0) * 0.0
 
 
 @triton.jit

@@ -28,19 +28,19 @@ def load_affine(
 ):  # fmt: skip
     """A weight or bias as CHUNKS tiles [ROWS, CHUNK] in float32, every row the same.
 
-    Whole tiles, so that each warp loads what it needs, 16 bytes a lane: one row for all of them
-    would be passed on through shared memory behind two barriers a tile.
+    Loaded once a program and passed on to the warps of the other rows through shared memory, before
+    the loop over rows: loads of whole tiles are ROWS times the bytes.
     """
     pieces = ()
     for c in tl.static_range(CHUNKS):
-        col = c * CHUNK + tl.zeros([ROWS, 1], tl.int32) + tl.arange(0, CHUNK)[None, :]
+        col = c * CHUNK + tl.arange(0, CHUNK)
         if EVEN:
             piece = tl.load(pointer + col).to(tl.float32)
         else:
             piece = tl.load(pointer + col, mask=col < cols, other=0.0).to(tl.float32)
         if UNIT_OFFSET:
             piece += 1.0
-        pieces = pieces + (piece,)
+        pieces = pieces + (piece[None, :] + tl.zeros([ROWS, CHUNK], tl.float32),)
     return pieces
 
 

@@ -124,8 +124,8 @@ def form(spec: AttentionSpec, precision: str) -> Form:
 # 2026-11-22, Triton 3.7.1, not timed: of the candidates those that ptxas compiles (causal) without
 # spills, or with the fewest, and that fit in shared memory; instruction counts break ties.
 _FORWARD = {
-    (80, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
-    (86, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 4, 2)},
+    (80, 2): {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(64, 64, 8, 2)},
+    (86, 2): {64: Tile(128, 128, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 4, 2)},
     (90, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
     (100, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
     (80, 4): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
@@ -143,6 +143,14 @@ def architecture(capability: int) -> int:
     return 80 if capability < 90 else 90 if capability < 100 else 100
 
 
+# Of the forward kernel with two or more of: bias, mask, softcap, slopes, dropout. By bytes of an
+# element. What they compute beside the scores is dealt out to more warps.
+_MANY = {
+    2: {64: Tile(64, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+    4: {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+
+
 def _of(table: dict, spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     """Features beside the scores take registers: their calls get the smaller tiles of float32.
     Tiles of bias and mask would be buffered in shared memory too: these calls are not pipelined."""
@@ -154,16 +162,31 @@ def _of(table: dict, spec: AttentionSpec, shape: Form, capability: int) -> Tile:
 
 # Up to this length tiles of 64 queries do a tenth less under a band than tiles of 128 (1.125
 # against 1.25 of the least at 512) and make twice the programs; beyond, fewer reads of k, v count.
+# Of 64 channels at most: with more, starting a program costs more than that saves. wgmma wants four
+# warps; where there is none, two warps of 32 rows each read a tile of k or v half as often as four.
 SHORT_BAND = 1024
+_SHORT = {80: Tile(64, 64, 2, 2), 86: Tile(64, 64, 2, 2)}
 
 
 def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     """Of the forward kernel."""
     tile = _of(_FORWARD, spec, shape, capability)
-    if (shape.left or shape.right) and rows(spec) <= SHORT_BAND and tile.block_m > 64:
-        tile = tile._replace(block_m=64, num_warps=4)
+    if shape.softcap + shape.slopes + shape.dropout + shape.bias + shape.mask > 1:
+        tile = _MANY[spec.dtype.itemsize][max(64, shape.block_d, shape.block_dv)]
+    elif shape.left or shape.right:
+        tile = _under_band(tile, spec, shape, capability)
     block_m = min(tile.block_m, padded(rows(spec)))
-    return tile._replace(block_m=block_m)
+    if block_m < tile.block_m:
+        return tile._replace(block_m=block_m, num_warps=min(4, tile.num_warps))
+    return tile
+
+
+def _under_band(tile: Tile, spec: AttentionSpec, shape: Form, capability: int) -> Tile:
+    family, width = architecture(capability), max(64, shape.block_d, shape.block_dv)
+    if tile == _FORWARD[family, 2].get(width):
+        if rows(spec) <= SHORT_BAND and width == 64:
+            return _SHORT.get(family, tile._replace(block_m=64, num_warps=4))
+    return tile
 
 
 # Backward, by blocks of keys (block_n keys stay, block_m queries pass) ...
@@ -190,15 +213,24 @@ _QUERIES = {
 }
 
 
+# What stands for them under a band up to SHORT_BAND: of 64 channels a tenth fewer instructions.
+_SHORT_KEYS = {Tile(32, 128, 8, 2): Tile(32, 64, 4, 2)}
+_SHORT_QUERIES = {Tile(128, 64, 8, 2): Tile(64, 64, 4, 2)}
+
+
 def pick_keys(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     """Of the pass for dk and dv."""
     tile = _of(_KEYS, spec, shape, capability)
+    if (shape.left or shape.right) and spec.kv_len <= SHORT_BAND:
+        tile = _SHORT_KEYS.get(tile, tile)
     return tile._replace(block_n=min(tile.block_n, padded(spec.kv_len)))
 
 
 def pick_queries(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     """Of the pass for dq."""
     tile = _of(_QUERIES, spec, shape, capability)
+    if (shape.left or shape.right) and spec.q_len <= SHORT_BAND:
+        tile = _SHORT_QUERIES.get(tile, tile)
     return tile._replace(block_m=min(tile.block_m, padded(spec.q_len)))
 
 
@@ -231,5 +263,5 @@ def pick_combine(shape: Form) -> Tile:
 
 
 def pick_rows(shape: Form) -> Tile:
-    """Of the kernel over rows of out: 2048 elements a program."""
-    return Tile(max(1, 2048 // shape.block_dv), 0, 4, 1)
+    """Of the kernel over rows of out: 4096 elements a program."""
+    return Tile(max(1, 4096 // shape.block_dv), 0, 4, 1)

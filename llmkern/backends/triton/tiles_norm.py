@@ -52,7 +52,8 @@ WIDE_CHUNK = 4096  # columns that a program takes at a time where a row does not
 WIDE_WARPS = 8
 WIDE_PARTS = 32  # partial sums of the weights' gradients there
 AFFINE = SumTile(16, 256, 4)  # 32 elements of each of two sums a lane
-SUM_ROWS, SUM_CHUNK = 128, 32  # 32 columns are 128 bytes, and cols / 32 programs
+# 32 columns are 128 bytes, and cols / 32 programs. Of one warp: the sum crosses no shared memory.
+SUM_ROWS, SUM_CHUNK, SUM_WARPS = 64, 32, 1
 
 
 def multiprocessors(capability: int) -> int:
@@ -121,4 +122,4 @@ def pick_backward(rows: int, cols: int, itemsize: int, capability: int) -> NormT
 
 def pick_sum(parts: int) -> SumTile:
     """The tile that adds up `parts` partial sums."""
-    return SumTile(min(SUM_ROWS, power_of_two(parts)), SUM_CHUNK, 4)
+    return SumTile(min(SUM_ROWS, power_of_two(parts)), SUM_CHUNK, SUM_WARPS)
