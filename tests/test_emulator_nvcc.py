@@ -129,7 +129,8 @@ def test_tiled_matmul_and_its_missing_barrier(program, compile_ptx):
     assert torch.allclose(c, a @ b, atol=1e-4)
     with pytest.raises(EmulatorError) as caught:
         compile_ptx("-DBUG").launch("matmul", (3, 3), (16, 16), [a, b, c, 40])
-    assert caught.value.check == "shared race"
+    # Rows of 16 threads: the first to meet may be of one warp or of two.
+    assert caught.value.check in ("shared race", "warp race")
     assert "kernels.cu:" in caught.value.source
 
 

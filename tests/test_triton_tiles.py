@@ -94,4 +94,4 @@ def test_an_unknown_target_and_a_missing_tool_are_said_in_one_sentence(capsys):
     with pytest.raises(compiled.BackendError, match="TRITON_INTERPRET is set"):
         compiled._build(SimpleNamespace(kernel=lambda: "no JITFunction"), 80)
     with pytest.raises(compiled.BackendError, match="nvdisasm-9 is missing"):
-        compiled._tool("nvdisasm-9")
+        compiled.triton_tool("nvdisasm-9")

@@ -210,6 +210,7 @@ def _build(form: Any, capability: int) -> Any:
     )
     card = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     options = {"num_warps": form.num_warps, "num_stages": form.num_stages}
+    options["enable_fp_fusion"] = form.fuse
     return triton.compile(source, target=card, options=options)
 
 

@@ -34,6 +34,7 @@ class Compilation(NamedTuple):
     num_warps: int
     num_stages: int
     divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
+    fuse: bool = True  # whether a product and a sum may become one fma
 
 
 def compilation(

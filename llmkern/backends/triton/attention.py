@@ -228,6 +228,11 @@ def backward(
     return (*(result for _, result in pairs), dbias, dsinks)
 
 
+# A lane that adds another's product to its own by fma rounds that one alone: the lanes of a row's
+# sum would differ in the last bit, and which of them stores it is open.
+FUSE_LEVELS = False
+
+
 def _launch_levels(spec, shape, dout, out, lse, dlse) -> dict[str, Tensor]:
     from llmkern.backends.triton.attention_bwd_kernels import attention_levels
 
@@ -251,6 +256,7 @@ def _launch_levels(spec, shape, dout, out, lse, dlse) -> dict[str, Tensor]:
             FORM=shape,
             BLOCK_R=tile.block_m,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FUSE_LEVELS,
         )
     return dict(level=level, delta=delta)
 
@@ -441,10 +447,11 @@ def _side_forms(spec: AttentionSpec, capability: int) -> Iterator[Compilation]:
              "delta": "*fp32", **dict.fromkeys([*rows, "heads", "q_len"], "i32"),
              "scale": "fp32"}  # fmt: skip
     tile = tiles.pick_rows(shape)
-    yield compilation("attention_levels D64 bf16",
-                      _named("llmkern.backends.triton.attention_bwd_kernels", "attention_levels"),
-                      types, {"FORM": shape, "BLOCK_R": tile.block_m}, tile.num_warps,
-                      tuple(rows))  # fmt: skip
+    form = compilation("attention_levels D64 bf16",
+                       _named("llmkern.backends.triton.attention_bwd_kernels", "attention_levels"),
+                       types, {"FORM": shape, "BLOCK_R": tile.block_m}, tile.num_warps,
+                       tuple(rows))  # fmt: skip
+    yield form._replace(fuse=FUSE_LEVELS)
 
 
 def _combine_form(spec: AttentionSpec) -> Compilation:
