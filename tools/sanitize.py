@@ -45,6 +45,19 @@ def library(name: str) -> str:
     return found
 
 
+def plain_nvcc() -> str:
+    """PATH with an nvcc first that runs without the preloaded runtime, which breaks it."""
+    folder = TREE / "bin"
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return os.environ["PATH"]
+    folder.mkdir(exist_ok=True)
+    script = folder / "nvcc"
+    script.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {shlex.quote(nvcc)} "$@"\n')
+    script.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
 def main() -> int:
     arguments = sys.argv[1:]
     emulator_only = arguments[:1] == ["--emulator"]
@@ -66,6 +79,7 @@ def main() -> int:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(TREE),
+        "PATH": plain_nvcc(),
     }
     tests = [
         f"tests/{name}"

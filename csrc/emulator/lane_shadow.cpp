@@ -248,6 +248,8 @@ void LaneShadow::move_to_words(Warp& w, Order& o) {
 
 void LaneShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
   Order& o = order_[static_cast<size_t>(w.id)];
+  // All lanes met just now and meet again after this read: nothing can race with it.
+  if (in.kind == Kind::kCollective && !o.partial && !o.in_words && o.list.empty()) return;
   if (listed(o, false, in.index, mask, address, bytes)) return;
   move_to_words(w, o);
   for_lanes(mask, [&](int l) {
