@@ -31,7 +31,8 @@ SHORT = {
 
 def _compile(target: str, words: str = "") -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "llmkern", "kernels", "--target", target, "--json", "-"]
+    command = [sys.executable, "-m", "llmkern", "kernels", "--target", target]
+    command += ["--backend", "triton", "--json", "-"]
     if words:
         command += ["--filter", words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
