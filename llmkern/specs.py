@@ -54,7 +54,8 @@ class AttentionSpec(NamedTuple):
     def length_first(self, q: torch.Tensor) -> bool:
         """Whether out is [S, B, H, Dv] in memory, not [B, S, H, Dv]: where q is, as modules with
         batch_first=False make it; the output projection then reads out without a copy."""
-        return self.batch > 1 and self.q_len > 1 and 0 < q.stride(0) < q.stride(2)
+        # The strides first: sizes that a compiler does not know mostly need not be asked then.
+        return 0 < q.stride(0) < q.stride(2) and self.batch > 1 and self.q_len > 1
 
     def new_out(self, q: torch.Tensor) -> torch.Tensor:
         """Memory for out [B, H, S, Dv], which autograd does not take for a view."""

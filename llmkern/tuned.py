@@ -38,11 +38,16 @@ class Tuned(NamedTuple):
 
 
 def path(card: str) -> Path | None:
-    """Where the file of a card lies; None where reading is turned off."""
+    """Where the file of a card lies; None where reading is turned off or nobody has a home."""
     named = os.environ.get(VARIABLE)
     if named is not None:
         return Path(named) if named else None
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:  # a user that the system does not know
+            return None
     name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
     return Path(cache) / "llmkern" / f"tune-{name}.json"
 
@@ -55,7 +60,7 @@ def read(file: Path) -> Tuned:
     """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TuneFileError(f"{file} cannot be read as a tune file: {error}") from error
     check = _Check(file)
     check(isinstance(data, dict), "it", "an object", data)
@@ -125,7 +130,7 @@ def load(card: str) -> tuple[Tuned, Path] | None:
         TuneFileError: the file is broken.
     """
     file = path(card)
-    if file is None or not file.exists():
+    if file is None or not _exists(file):
         if file is not None and os.environ.get(VARIABLE):
             warnings.warn(f"{VARIABLE}: there is no file {file}", TuneWarning, stacklevel=2)
         return None
@@ -136,6 +141,14 @@ def load(card: str) -> tuple[Tuned, Path] | None:
         warnings.warn(said, TuneWarning, stacklevel=2)
         return None
     return tuned, file
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as error:  # a folder that this user may not enter
+        warnings.warn(f"tune files are not used: {error}", TuneWarning, stacklevel=3)
+        return False
 
 
 def write(file: Path, tuned: Tuned) -> None:

@@ -325,3 +325,14 @@ def test_attention_names_the_backend_that_runs():
         torch.testing.assert_close(sdpa(q, q, q, backend=name), sdpa(q, q, q))
     with pytest.raises(llmkern.errors.BackendError, match="attention: no backend serves"):
         sdpa(q, q, q, backend="cuda")
+
+
+def test_a_batch_of_unknown_size_compiles():
+    def chosen(x, mask):
+        return attention_qkvpacked(x[mask.nonzero().squeeze(1)])
+
+    x, mask = torch.randn(5, 6, 3, 2, 8), torch.tensor([1, 0, 1, 1, 0])
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(chosen, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, mask), chosen(x, mask))

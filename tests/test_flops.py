@@ -66,3 +66,13 @@ def test_gated_linear():
     assert _flops(lambda: linear_gated(x, gate, up, activation="silu")) == 2 * product
     step = _flops(lambda: linear_gated(x, gate, up, activation="silu").sum().backward())
     assert step == 6 * product
+
+
+def test_a_formula_of_the_users_own_stays_and_the_others_count():
+    linear_of_user = {torch.ops.llmkern.linear: lambda *args, out_shape=None, **options: 7}
+    x, w = torch.randn(3, 8), torch.randn(5, 8)
+    q = torch.randn(1, 2, 6, 8)
+    with FlopCounterMode(display=False, custom_mapping=linear_of_user) as counter:
+        llmkern.functional.linear(x, w)
+        scaled_dot_product_attention(q, q, q)
+    assert counter.get_total_flops() == 7 + 2 * 2 * 36 * 16

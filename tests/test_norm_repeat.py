@@ -107,3 +107,10 @@ def test_second_call_is_seen_by_modes_and_transforms(called):
     torch.testing.assert_close(
         torch.func.vmap(module)(rows), torch.stack([module(row) for row in rows])
     )
+
+
+def test_a_list_for_the_shape_as_torch_takes_it():
+    layer, x = nn.LayerNorm(8), torch.randn(3, 8)
+    layer.normalized_shape = [8]
+    torch.testing.assert_close(layer(x), torch.nn.functional.layer_norm(x, (8,)))
+    torch.testing.assert_close(layer(x), torch.nn.functional.layer_norm(x, (8,)))

@@ -230,6 +230,26 @@ def test_a_broken_file_is_an_error_that_names_the_place(card, place, value, said
         tuned.load(CARD)
 
 
+def test_a_user_without_a_home_has_no_file(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tuned.Path, "home", nobody)
+    assert tuned.path("A card") is None and tuned.load("A card") is None
+
+
+def test_a_folder_that_may_not_be_entered_is_a_warning(monkeypatch):
+    def closed(self):
+        raise PermissionError(f"Permission denied: {self}")
+
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setattr(tuned.Path, "exists", closed)
+    with pytest.warns(TuneWarning, match="Permission denied"):
+        assert tuned.load("A card") is None
+
+
 def test_a_file_is_replaced_whole_and_read_as_written(card):
     contents = _contents(_row("cuda", 8, 8), _row("triton", 64, 64))
     tuned.write(card, contents)

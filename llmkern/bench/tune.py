@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="time the cuda and triton backends on this card; dispatch reads the result",
         description=f"Writes {tuned.VARIABLE}, or a file of the card's name in "
         "$XDG_CACHE_HOME/llmkern; docs/gpu.md has the format. Rows that are measured again are "
-        "replaced, others stay.",
+        "replaced, others of the same direction stay.",
     )
     add = parser.add_argument
     add("--device", default="cuda")

@@ -22,16 +22,20 @@ def tell_counter() -> None:
     if module is None:
         return
     ops = torch.ops.llmkern
-    if ops.linear not in module.flop_registry:
-        module.register_flop_formula(ops.linear)(_linear)
-        module.register_flop_formula(ops.linear_backward)(_linear_backward)
-        module.register_flop_formula(ops.attention)(_attention)
-        module.register_flop_formula(ops.attention_backward)(_attention_backward)
+    formulas = {
+        ops.linear: _linear,
+        ops.linear_backward: _linear_backward,
+        ops.attention: _attention,
+        ops.attention_backward: _attention_backward,
+    }
+    for op, formula in formulas.items():
+        if op not in module.flop_registry:
+            module.register_flop_formula(op)(formula)
     for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
-        if isinstance(counter, module.FlopCounterMode) and ops.linear not in counter.flop_registry:
-            ours = (ops.linear, ops.linear_backward, ops.attention, ops.attention_backward)
-            counter.flop_registry.update({op: module.flop_registry[op] for op in ours})
+        if isinstance(counter, module.FlopCounterMode):
+            for op in formulas:  # a formula that the user gave stays
+                counter.flop_registry.setdefault(op, module.flop_registry[op])
 
 
 def _product(x: Sequence[int], weight: Sequence[int]) -> int:

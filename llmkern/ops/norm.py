@@ -226,9 +226,9 @@ def repeat(
     try:
         key = (op, normalized_shape, eps, weight is None, bias is None,
                x.shape, x.dtype, w.shape, w.dtype, b.shape, b.dtype)  # fmt: skip
-    except RuntimeError:  # a nested tensor has no shape
+        plan = _repeats.get(key)
+    except (RuntimeError, TypeError):  # a nested tensor has no shape; a list no hash
         return None
-    plan = _repeats.get(key)
     if plan is None:
         options = (normalized_shape, eps, op == "rms_norm", False, 0.0, False, None)
         plan = _plans.get((op, signature(x, None, weight, bias), options))
