@@ -435,3 +435,10 @@ def test_norm_under_cpu_autocast_keeps_its_dtype_as_torchs_does(backend, dtype):
         for ours, theirs in ((layer_norm, functional.layer_norm), (rms_norm, functional.rms_norm)):
             args = (weight, bias) if ours is layer_norm else (weight,)
             assert ours(x.to(dtype), (16,), *args).dtype == theirs(x.to(dtype), (16,), *args).dtype
+
+
+def test_rows_of_one_column_pass_no_gradient(backend):
+    """y is the bias whatever x is; 1 / sqrt(eps) magnifies what a rounded mean leaves over."""
+    x, dy = torch.randn(64, 1, requires_grad=True), torch.randn(64, 1)
+    (dx,) = torch.autograd.grad(layer_norm(x, (1,)), x, dy)
+    assert not dx.any()

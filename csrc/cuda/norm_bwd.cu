@@ -51,10 +51,10 @@ __device__ inline void store_gradient(const BwdParams& p, int64_t row, int col, 
                                       float rstd, Means mean, const float (&xhat)[kPack],
                                       const float (&g)[kPack]) {
   const NormScalars& s = p.s;
-  const float slope = -mean.gx * rstd, shift = -mean.g * rstd;
+  const float slope = -mean.gx * rstd;
   float d[kPack];
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) d[i] = fmaf(g[i], rstd, fmaf(xhat[i], slope, shift));
+  for (int i = 0; i < kPack; ++i) d[i] = fmaf(xhat[i], slope, (g[i] - mean.g) * rstd);
   if (p.dz != nullptr) {
     float dz[kPack];
     load_pack(static_cast<const T*>(p.dz) + row * s.cols, col, s.cols, vector, dz);

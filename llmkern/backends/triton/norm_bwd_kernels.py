@@ -6,8 +6,9 @@
 norm_bwd keeps the row on chip as norm_fwd does, and the sums over the rows of a program in
 registers. Each program writes one partial sum [cols] and column_sum adds them up: two fixed orders,
 no atomics. norm_bwd_wide and norm_bwd_affine take rows that are too long for that. dx None: only
-the weight's and bias's gradients are wanted. Rows that do not exist have dy = 0. Signs
-are turned once a row (-mean * rstd ...), so that each element takes fused multiply-adds only.
+the weight's and bias's gradients are wanted. Rows that do not exist have dy = 0. Means are taken
+away before rstd multiplies, which is an instruction an element more than products and sums fused,
+but rows far from zero, or all the same, keep their digits.
 Layout, flags and what is specialised: norm_kernels.py.
 """
 
@@ -89,14 +90,14 @@ def norm_bwd(
         exists = row < rows
         row = tl.minimum(row, rows - 1).to(tl.int64)
         rstd = tl.load(statistics + row + (0 if RMS else rows))[:, None]
-        shift = 0.0 if RMS else -tl.load(statistics + row)[:, None] * rstd
+        mean = 0.0 if RMS else tl.load(statistics + row)[:, None]
         gs, xhats, dws, dbs = (), (), (), ()
         along = tl.zeros([ROWS, CHUNK], tl.float32)
         total = tl.zeros([ROWS, CHUNK], tl.float32)
         for c in tl.static_range(CHUNKS):
             col = c * CHUNK + tl.arange(0, CHUNK)
             d = _load_rows(dy, row, exists, dy_stride, col, cols, EVEN)
-            xhat = load_tile(z, row, z_stride, col, cols, EVEN) * rstd + shift
+            xhat = (load_tile(z, row, z_stride, col, cols, EVEN) - mean) * rstd
             if dweight is not None:
                 dws = dws + (dw[c] + d * xhat,)
             if dbias is not None:
@@ -111,9 +112,9 @@ def norm_bwd(
         dw, db = dws, dbs
         if dx is not None:
             along_rstd = (tl.sum(along, axis=1) * -inverse)[:, None] * rstd
-            total_rstd = 0.0 if RMS else (tl.sum(total, axis=1) * -inverse)[:, None] * rstd
+            level = 0.0 if RMS else (tl.sum(total, axis=1) * inverse)[:, None]
             for c in tl.static_range(CHUNKS):
-                gradient = gs[c] * rstd + (xhats[c] * along_rstd + total_rstd)
+                gradient = (gs[c] - level) * rstd + xhats[c] * along_rstd
                 _finish(gradient, dz, dx, dresidual, row, exists, dz_stride, c * CHUNK, cols,
                         k0, k1, threshold, scale, DROPOUT, CHUNK, EVEN)  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * cols
@@ -140,7 +141,7 @@ def norm_bwd_wide(
     exists = row < rows
     k0, k1 = load_keys(seed) if DROPOUT else (0, 0)
     rstd = tl.load(statistics + row + (0 if RMS else rows))[:, None]
-    shift = 0.0 if RMS else -tl.load(statistics + row)[:, None] * rstd
+    mean = 0.0 if RMS else tl.load(statistics + row)[:, None]
     along = tl.zeros([1, CHUNK], tl.float32)
     total = tl.zeros([1, CHUNK], tl.float32)
     for start in range(0, cols, CHUNK):
@@ -149,18 +150,18 @@ def norm_bwd_wide(
         if weight is not None:
             w = tl.load(weight + col, mask=col < cols, other=0.0).to(tl.float32)
             g *= (w + 1.0 if UNIT_OFFSET else w)[None, :]
-        along += g * (load_tile(z, row, z_stride, col, cols, False) * rstd + shift)
+        along += g * ((load_tile(z, row, z_stride, col, cols, False) - mean) * rstd)
         total += g
     along_rstd = -tl.sum(along, axis=1)[:, None] / cols * rstd
-    total_rstd = 0.0 if RMS else -tl.sum(total, axis=1)[:, None] / cols * rstd
+    level = 0.0 if RMS else tl.sum(total, axis=1)[:, None] / cols
     for start in range(0, cols, CHUNK):
         col = start + tl.arange(0, CHUNK)
         g = load_tile(dy, row, dy_stride, col, cols, False)
         if weight is not None:
             w = tl.load(weight + col, mask=col < cols, other=0.0).to(tl.float32)
             g *= (w + 1.0 if UNIT_OFFSET else w)[None, :]
-        xhat = load_tile(z, row, z_stride, col, cols, False) * rstd + shift
-        gradient = g * rstd + (xhat * along_rstd + total_rstd)
+        xhat = (load_tile(z, row, z_stride, col, cols, False) - mean) * rstd
+        gradient = (g - level) * rstd + xhat * along_rstd
         _finish(gradient, dz, dx, dresidual, row, exists, dz_stride, start, cols,
                 k0, k1, threshold, scale, DROPOUT, CHUNK, False)  # fmt: skip
 
@@ -184,8 +185,8 @@ def norm_bwd_affine(
         d = _load_rows(dy, row, exists, dy_stride, col, cols, False)
         if dweight is not None:
             rstd = tl.load(statistics + row + (0 if RMS else rows))[:, None]
-            shift = 0.0 if RMS else -tl.load(statistics + row)[:, None] * rstd
-            dw += d * (load_tile(z, row, z_stride, col, cols, False) * rstd + shift)
+            mean = 0.0 if RMS else tl.load(statistics + row)[:, None]
+            dw += d * ((load_tile(z, row, z_stride, col, cols, False) - mean) * rstd)
         db += d
     start = tl.program_id(0).to(tl.int64) * cols
     if dweight is not None:
