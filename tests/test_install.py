@@ -64,8 +64,15 @@ def test_info_says_why_each_compiled_part_is_missing(tmp_path):
         tmp_path / "llmkern",
         ignore=shutil.ignore_patterns("*.so*", "__pycache__"),
     )
+    # An editable install of this checkout would find its extensions for the copy, too.
+    code = (
+        "import runpy, sys; sys.argv = ['llmkern', 'info']; "
+        "foreign = [getattr(f, '__module__', '').startswith('__editable__') for f in sys.meta_path]; "
+        "sys.meta_path = [f for f, skip in zip(sys.meta_path, foreign) if not skip]; "
+        "runpy.run_module('llmkern', run_name='__main__')"
+    )
     run = subprocess.run(
-        [sys.executable, "-m", "llmkern", "info"],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
