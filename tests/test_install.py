@@ -67,7 +67,7 @@ def test_info_says_why_each_compiled_part_is_missing(tmp_path):
     # An editable install of this checkout would find its extensions for the copy, too.
     code = (
         "import runpy, sys; sys.argv = ['llmkern', 'info']; "
-        "foreign = [getattr(f, '__module__', '').startswith('__editable__') for f in sys.meta_path]; "
+        "foreign = [getattr(f, '__module__', '').startswith('__editable_') for f in sys.meta_path];"
         "sys.meta_path = [f for f, skip in zip(sys.meta_path, foreign) if not skip]; "
         "runpy.run_module('llmkern', run_name='__main__')"
     )
