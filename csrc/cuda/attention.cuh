@@ -26,6 +26,25 @@ struct Rows {
   int64_t batch, head, row;
 };
 
+// What backward needs of each query: -lse log2 e, and -delta_i = dlse_i - sum_j p_ij dp_ij. Rows
+// past S, which is filled up to whole blocks, hold 0.
+struct RowTerms {
+  float2* data;  // [B, H, rows]
+  int rows;
+
+  __device__ float2* at(int batch, int heads, int head, int row) const {
+    return data + (static_cast<int64_t>(batch) * heads + head) * rows + row;
+  }
+};
+
+// Of backward in one pass (attention_bwd_joint.cu); rows as RowTerms has them.
+struct JointSums {
+  float* dq;        // [B, H, rows * kD]
+  uint32_t* locks;  // [B, H, rows / kLockRows]: blocks of keys that have been added to dq; or null
+  uint32_t* ticket;
+};
+constexpr int kLockRows = 32;
+
 struct AttentionParams {
   Rows q, k, v, out, dout, dq, dk, dv;  // of the gradients, those that the kernel reads or writes
   int heads, group;                     // group: query heads of a kv head
@@ -36,7 +55,8 @@ struct AttentionParams {
   Dropout dropout;
   float* lse;         // [B, H, S]
   const float* dlse;  // null, or [B, H, S]
-  float* delta;       // [B, H, S]: sum_j p_ij dp_ij - dlse_i
+  RowTerms terms;     // of backward
+  JointSums sums;
 };
 
 template <class T>

@@ -1,12 +1,5 @@
-// Attention backward; formulas: llmkern/attention.h, tiles: attention.cuh. With
-// P = exp(S - lse), dP = drop(dO V^T), delta_i = sum_j P_ij dP_ij - dlse_i = <dO_i, O_i> - dlse_i:
-//
-//   dS = P (dP - delta);  dQ = scale dS K;  dK = scale dS^T Q;  dV = drop(P)^T dO
-//
-// Three kernels: delta; dK and dV by blocks of keys that walk over queries (of all query heads that
-// share them); dQ by blocks of queries that walk over keys. S and dP are computed twice, and no
-// result is added to by two blocks: no atomics, bitwise repeatable.
-#include "attention_cut.cuh"
+// Attention backward: the terms of each query, then one pass or two (attention_bwd.cuh).
+#include "attention_bwd.cuh"
 #include "attention_launch.cuh"
 #include "kernels.h"
 
@@ -14,7 +7,9 @@ namespace llmkern {
 namespace {
 
 constexpr int kDeltaRows = kAttentionThreads / 8;  // eight lanes a row
+static_assert(kLockRows % kDeltaRows == 0 && kBlockRows % kLockRows == 0, "a lock has one writer");
 
+// The terms of each query; also sets to 0 what the joint kernel counts in.
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_delta_kernel(const AttentionParams p) {
@@ -32,295 +27,33 @@ __global__ void __launch_bounds__(kAttentionThreads)
     for (int i = 0; i < kPack; ++i) sum += o[i] * d[i];
   }
   for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  if (!inside || lane != 0) return;
-  const int64_t at = (static_cast<int64_t>(batch) * p.heads + head) * p.q_len + row;
-  p.delta[at] = p.dlse == nullptr ? sum : sum - p.dlse[at];
-}
-
-// Queries in a tile of the dK, dV kernel: two sums of 64 keys x kD and two score tiles must fit
-// into a thread's registers.
-template <int kD>
-constexpr int kQueries = kD == 64 ? 64 : 32;
-
-template <int kD>
-struct KeysShared {
-  static constexpr int kFixed = kBlockRows * kD * 2, kTile = kQueries<kD> * kD * 2;
-  static constexpr int kK = 0, kV = kFixed;
-  static constexpr int kStages = 2 * kFixed, kStage = 2 * kTile;  // Q then dO, two stages
-  static constexpr int kRowTerms = kStages + 2 * kStage;          // float2 (lse log2e, delta)
-  static constexpr int kBytes = kRowTerms + 2 * kQueries<kD> * 8;
-};
-
-// A place in the walk of the dK, dV kernel: query tiles of each head of the group in turn.
-struct Walk {
-  Range tiles;
-  int tile, head, end_head;
-  __device__ bool ended() const { return head == end_head; }
-  // Whether the next head begins.
-  __device__ bool next() {
-    if (++tile < tiles.end) return false;
-    tile = tiles.first;
-    ++head;
-    return true;
-  }
-};
-
-// Loads Q, dO and the terms of a row for each step of the walk, to two stages in turn.
-template <class T, int kD>
-struct QueryLoader {
-  using Shared = KeysShared<kD>;
-  static constexpr int kN = kQueries<kD>;
-  RowLoader<T, kD, kN> q, dout;
-  Walk at;
-  int stage = 0;
-
-  __device__ QueryLoader(const AttentionParams& p, const Walk& start, int batch, uint32_t shared)
-      : q(shared + Shared::kStages, slab<T>(p.q, batch, start.head), p.q.row, start.tile * kN,
-          p.head_dim),
-        dout(shared + Shared::kStages + Shared::kTile, slab<T>(p.dout, batch, start.head),
-             p.dout.row, start.tile * kN, p.value_dim),
-        at(start) {}
-
-  __device__ void load(const AttentionParams& p, int batch) {
-    if (!at.ended()) {
-      const int i0 = at.tile * kN;
-      q.load(stage * Shared::kStage, i0, p.q_len);
-      dout.load(stage * Shared::kStage, i0, p.q_len);
-      if (threadIdx.x < kN) {
-        const int i = i0 + threadIdx.x;
-        const int64_t row = (static_cast<int64_t>(batch) * p.heads + at.head) * p.q_len + i;
-        auto terms = reinterpret_cast<float2*>(shared_bytes + Shared::kRowTerms) + stage * kN;
-        terms[threadIdx.x] =
-            i < p.q_len ? make_float2(p.lse[row] * kLog2E, p.delta[row]) : make_float2(0.0f, 0.0f);
-      }
-      stage ^= 1;
-      if (at.next()) {  // back to the first tile, and on to the next head
-        const int64_t back = static_cast<int64_t>(at.tiles.end - at.tiles.first) * kN;
-        q.from += (p.q.head - back * p.q.row) * 2;
-        dout.from += (p.dout.head - back * p.dout.row) * 2;
-      }
-    }
-    ptx::cp_async_commit_group();
-  }
-};
-
-// s: S^T of 16 keys and kN queries in, P^T out. dp: dP^T in, dS^T / scale out.
-template <int kN, bool kAll>
-__device__ inline void differentiate(const float2* terms, float scale_log2, const Band (&band)[2],
-                                     float (&s)[kN / 8][4], const float (&dp)[kN / 8][4],
-                                     float (&ds)[kN / 8][4]) {
-  const int t = threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < kN / 8; ++j) {
-    const float4 pair = *reinterpret_cast<const float4*>(terms + j * 8 + 2 * t);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float lse = e == 0 ? pair.x : pair.z, delta = e == 0 ? pair.y : pair.w;
-        const bool sees = kAll || band[half].sees(j * 8 + e);
-        float& score = s[j][2 * half + e];
-        score = sees ? ptx::ex2_approx_ftz_f32(fmaf(score, scale_log2, -lse)) : 0.0f;
-        ds[j][2 * half + e] = sees ? score * (dp[j][2 * half + e] - delta) : 0.0f;
-      }
-    }
-  }
-}
-
-template <class T, int kD>
-__global__ void __launch_bounds__(kAttentionThreads)
-    attention_bwd_keys_kernel(const AttentionParams p) {
-  using Shared = KeysShared<kD>;
-  constexpr int kN = kQueries<kD>;
-  const int batch = blockIdx.z, kv_head = blockIdx.y, j0 = blockIdx.x * kBlockRows;
-  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
-  const int key = j0 + warp * kWarpRows + g;  // and key + 8
-  const int first_head = kv_head * p.group;
-  const uint32_t shared = shared_address(shared_bytes);
-  const uint32_t own = warp * kWarpRows * kD * 2;
-  const uint8_t* keep =
-      p.key_mask == nullptr ? nullptr : p.key_mask + static_cast<int64_t>(batch) * p.kv_len;
-  const Lanes<kD> lanes;
-  const int j1 = j0 + kBlockRows - 1;
-  const Range tiles = query_tiles<kN>(p, j0, min(j1, p.kv_len - 1));
-  const int end_head = first_head + (tiles.first < tiles.end ? p.group : 0);
-  Walk walk{tiles, tiles.first, first_head, end_head};
-  load_rows<T, kD, kBlockRows>(shared + Shared::kK, slab<T>(p.k, batch, kv_head), p.k.row, j0,
-                               p.kv_len, p.head_dim, keep);
-  load_rows<T, kD, kBlockRows>(shared + Shared::kV, slab<T>(p.v, batch, kv_head), p.v.row, j0,
-                               p.kv_len, p.value_dim, keep);
-  QueryLoader<T, kD> queries(p, walk, batch, shared);
-  queries.load(p, batch);
-  bool kept[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int j = key + half * 8;
-    kept[half] = j < p.kv_len && (keep == nullptr || keep[j] != 0);
-  }
-  const float scale_log2 = p.scale * kLog2E;
-  float dk[kD / 8][4] = {}, dv[kD / 8][4] = {};
-  for (int turn = 0; !walk.ended(); turn ^= 1) {
-    const int i0 = walk.tile * kN, head = walk.head;
-    const uint32_t stage = Shared::kStages + turn * Shared::kStage;
-    const uint32_t q_rows = shared + stage;
-    const int i1 = i0 + kN - 1;
-    walk.next();
-    const bool all = all_see(p, i0, i1, j0, j1);
-    // A masked-out key must not meet a NaN of a query or its dO either.
-    const bool covered = keep == nullptr && band_covers(p, i0, i1, j0, j1);
-    ptx::cp_async_wait_group<0>();
-    // This stage is here, and every warp is done with the other one.
-    bool plain = true;
-    if (covered) {
-      __syncthreads();
-    } else {
-      plain = barrier_all_finite(own_exponents<T, kD, kN>(shared_bytes + stage) |
-                                 own_exponents<T, kD, kN>(shared_bytes + stage + Shared::kTile));
-    }
-    queries.load(p, batch);
-    float s[kN / 8][4], dp[kN / 8][4], ds[kN / 8][4];
-    multiply_rows<T, kD, kN>(s, shared + Shared::kK + own, q_rows, lanes);
-    multiply_rows<T, kD, kN>(dp, shared + Shared::kV + own, q_rows + Shared::kTile, lanes);
-    const Band bands[2] = {queries_of(p, key, kept[0], i0), queries_of(p, key + 8, kept[1], i0)};
-    const Band band[2] = {bands[0].of_lane(), bands[1].of_lane()};
-    const bool drops = p.dropout.threshold != 0;
-    QueryDrop<kN> drop;
-    if (drops) {
-      drop.draw(p, batch * p.heads + head, i0, j0 + warp * kWarpRows);
-      drop.apply(dp, p.dropout.scale);
-    }
-    const auto terms =
-        reinterpret_cast<const float2*>(shared_bytes + Shared::kRowTerms) + turn * kN;
-    all ? differentiate<kN, true>(terms, scale_log2, band, s, dp, ds)
-        : differentiate<kN, false>(terms, scale_log2, band, s, dp, ds);
-    if (drops) drop.apply(s, p.dropout.scale);
-    accumulate_seen<T, kD, kN>(dv, s, stage + Shared::kTile, lanes, plain, bands);
-    accumulate_seen<T, kD, kN>(dk, ds, stage, lanes, plain, bands);
-  }
-  ptx::cp_async_wait_group<0>();
-  __syncthreads();
-  const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
-  const int row0 = j0 + warp * kWarpRows;
-  if (p.dk.data != nullptr) {
-    store_rows<T, kD>(shared_bytes + Shared::kK + own, p.dk, batch, kv_head, row0, p.kv_len,
-                      p.head_dim, dk, scale_k);
-  }
-  if (p.dv.data != nullptr) {
-    store_rows<T, kD>(shared_bytes + Shared::kV + own, p.dv, batch, kv_head, row0, p.kv_len,
-                      p.value_dim, dv, scale_v);
-  }
-}
-
-constexpr int kKeys = 64;
-
-template <int kD>
-struct QueriesShared {
-  static constexpr int kFixed = kBlockRows * kD * 2, kTile = kKeys * kD * 2;
-  static constexpr int kQ = 0, kDout = kFixed;
-  static constexpr int kStages = 2 * kFixed, kStage = 2 * kTile;  // K then V
-  static constexpr int kBytes = kStages + 2 * kStage;
-};
-
-// ds of 16 queries and 64 keys, over dp.
-template <bool kAll>
-__device__ inline void differentiate_keys(const AttentionParams& p, int batch, int j0,
-                                          const Band (&bands)[2], const float (&lse)[2],
-                                          const float (&delta)[2], const float (&s)[kKeys / 8][4],
-                                          float (&dp)[kKeys / 8][4]) {
-  const bool masked = !kAll && p.key_mask != nullptr;
-  const uint64_t kept = masked ? kept_keys(p, batch, j0) : ~UINT64_C(0);
-  const float scale_log2 = p.scale * kLog2E;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Band band = bands[half].of_lane();
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const bool sees = kAll || (band.sees(j * 8 + e) && (kept >> (j * 8 + e) & 1));
-        float& d = dp[j][2 * half + e];
-        const float prob =
-            ptx::ex2_approx_ftz_f32(fmaf(s[j][2 * half + e], scale_log2, -lse[half]));
-        d = sees ? prob * (d - delta[half]) : 0.0f;
-      }
-    }
-  }
-}
-
-template <class T, int kD>
-__global__ void __launch_bounds__(kAttentionThreads)
-    attention_bwd_queries_kernel(const AttentionParams p) {
-  using Shared = QueriesShared<kD>;
-  const int batch = blockIdx.z, head = blockIdx.y;
-  const int i0 = (gridDim.x - 1 - blockIdx.x) * kBlockRows;
-  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
-  const int row0 = i0 + warp * kWarpRows;
-  const uint32_t shared = shared_address(shared_bytes);
-  const uint32_t own = warp * kWarpRows * kD * 2;
-  const T* k = slab<T>(p.k, batch, head / p.group);
-  const T* v = slab<T>(p.v, batch, head / p.group);
-  const uint8_t* keep =
-      p.key_mask == nullptr ? nullptr : p.key_mask + static_cast<int64_t>(batch) * p.kv_len;
-  const Lanes<kD> lanes;
-  const int i1 = i0 + kBlockRows - 1;
-  const Range tiles = key_tiles<kKeys>(p, i0, min(i1, p.q_len - 1));
-  const Range whole_tiles = whole_key_tiles<kKeys>(p, i0, i1);
-  const int j_first = tiles.first * kKeys;
-  RowLoader<T, kD, kKeys> k_rows(shared + Shared::kStages, k, p.k.row, j_first, p.head_dim);
-  RowLoader<T, kD, kKeys> v_rows(shared + Shared::kStages + Shared::kTile, v, p.v.row, j_first,
-                                 p.value_dim);
-  const auto load = [&](int tile) {
-    if (tile < tiles.end) {
-      const uint32_t stage = tile % 2 * Shared::kStage;
-      k_rows.load(stage, tile * kKeys, p.kv_len, keep);
-      v_rows.load(stage, tile * kKeys, p.kv_len, keep);
-    }
-    ptx::cp_async_commit_group();
-  };
-  load_rows<T, kD, kBlockRows>(shared + Shared::kQ, slab<T>(p.q, batch, head), p.q.row, i0, p.q_len,
-                               p.head_dim);
-  load_rows<T, kD, kBlockRows>(shared + Shared::kDout, slab<T>(p.dout, batch, head), p.dout.row, i0,
-                               p.q_len, p.value_dim);
-  load(tiles.first);
-  float lse[2], delta[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = row0 + g + half * 8;
+  if (lane != 0) return;
+  float2 terms = make_float2(0.0f, 0.0f);
+  if (inside) {
     const int64_t at = (static_cast<int64_t>(batch) * p.heads + head) * p.q_len + row;
-    lse[half] = row < p.q_len ? p.lse[at] * kLog2E : 0.0f;
-    delta[half] = row < p.q_len ? p.delta[at] : 0.0f;
+    terms = make_float2(-p.lse[at] * kLog2E, (p.dlse == nullptr ? 0.0f : p.dlse[at]) - sum);
   }
-  float dq[kD / 8][4] = {};
-  for (int tile = tiles.first; tile < tiles.end; ++tile) {
-    const int j0 = tile * kKeys;
-    const uint32_t stage = Shared::kStages + tile % 2 * Shared::kStage;
-    const uint32_t k_tile = shared + stage;
-    const bool whole = whole_tiles.has(tile);
-    ptx::cp_async_wait_group<0>();
-    // This stage is here, and every warp is done with the other one.
-    bool plain = true;
-    if (whole || band_covers(p, i0, i1, j0, j0 + kKeys - 1)) {
-      __syncthreads();
-    } else {
-      plain = barrier_all_finite(own_exponents<T, kD, kKeys>(shared_bytes + stage));
-    }
-    load(tile + 1);
-    float s[kKeys / 8][4], dp[kKeys / 8][4];
-    multiply_rows<T, kD, kKeys>(s, shared + Shared::kQ + own, k_tile, lanes);
-    multiply_rows<T, kD, kKeys>(dp, shared + Shared::kDout + own, k_tile + Shared::kTile, lanes);
-    if (p.dropout.threshold != 0) {
-      drop_keys<kKeys>(p, batch * p.heads + head, row0, j0, dp, p.dropout.scale);
-    }
-    const Band bands[2] = {keys_of(p, row0 + g, j0), keys_of(p, row0 + g + 8, j0)};
-    whole ? differentiate_keys<true>(p, batch, j0, bands, lse, delta, s, dp)
-          : differentiate_keys<false>(p, batch, j0, bands, lse, delta, s, dp);
-    accumulate_seen<T, kD, kKeys>(dq, dp, stage, lanes, plain, bands);
-  }
-  ptx::cp_async_wait_group<0>();
-  __syncthreads();
-  const float scale[2] = {p.scale, p.scale};
-  store_rows<T, kD>(shared_bytes + Shared::kQ + own, p.dq, batch, head, row0, p.q_len, p.head_dim,
-                    dq, scale);
+  float2* to = p.terms.at(batch, p.heads, head, row);
+  *to = terms;
+  if (p.sums.locks == nullptr || row % kLockRows != 0) return;
+  const int64_t lock = (to - p.terms.data) / kLockRows;
+  p.sums.locks[lock] = 0;
+  if (lock == 0) *p.sums.ticket = 0;
+}
+
+// One pass: five products instead of seven, for float sums of dQ in memory. Not where it would
+// compute what is not wanted, nor where a query sees no key: no block of keys would write its dQ.
+bool is_joint(const AttentionShape& s, bool dq, bool dk, bool dv) {
+  const int64_t left = clamp_reach(s.left), right = clamp_reach(s.right);
+  const int64_t end_of_first = s.shift + right, start_of_last = s.q_len - 1 + s.shift - left;
+  const bool all_see_one =
+      s.q_len > 0 && left + right >= 0 && end_of_first >= 0 && start_of_last < s.kv_len;
+  const int64_t most_blocks = s.batch * s.kv_heads * ceil_div(s.kv_len, kBlockRows);
+  return dq && (dk || dv) && all_see_one && most_blocks <= INT32_MAX;
+}
+
+int64_t padded_rows(const AttentionShape& s) {
+  return ceil_div(s.q_len, kBlockRows) * kBlockRows;
 }
 
 AttentionParams bwd_params(const AttentionBwdArgs& a) {
@@ -332,34 +65,38 @@ AttentionParams bwd_params(const AttentionBwdArgs& a) {
   p.dv = rows_at(a.dv, a.dv_stride);
   p.lse = const_cast<float*>(static_cast<const float*>(a.lse));
   p.dlse = static_cast<const float*>(a.dlse);
-  p.delta = static_cast<float*>(a.scratch);
+  p.terms = {static_cast<float2*>(a.scratch), static_cast<int>(padded_rows(a.shape))};
   return p;
 }
 
 }  // namespace
 
+int64_t attention_bwd_scratch(const AttentionShape& s, bool dq, bool dk, bool dv) {
+  const int64_t rows = s.batch * s.heads * padded_rows(s);
+  return is_joint(s, dq, dk, dv) ? rows * (2 + tile_dim(s)) + rows / kLockRows + 1 : rows * 2;
+}
+
 void attention_bwd(const AttentionBwdArgs& a, const Place& place) {
   const AttentionShape& s = a.shape;
-  const AttentionParams p = bwd_params(a);
+  AttentionParams p = bwd_params(a);
   if (s.batch * s.heads == 0) return;
-  dispatch_attention(s, [&](auto t, auto d) {
-    using T = decltype(t);
-    constexpr int kD = d.value;
-    const dim3 queries(ceil_div(p.q_len, kBlockRows), p.heads, s.batch);
-    if (p.q_len > 0) {
-      const dim3 rows(ceil_div(p.q_len, kDeltaRows), p.heads, s.batch);
-      launch("attention_delta", attention_delta_kernel<T>, rows, kAttentionThreads, 0, place, p);
-    }
-    if (p.kv_len > 0 && (a.dk != nullptr || a.dv != nullptr)) {
-      const dim3 keys(ceil_div(p.kv_len, kBlockRows), s.kv_heads, s.batch);
-      launch("attention_bwd_keys", attention_bwd_keys_kernel<T, kD>, keys, kAttentionThreads,
-             KeysShared<kD>::kBytes, place, p);
-    }
-    if (p.q_len > 0 && a.dq != nullptr) {
-      launch("attention_bwd_queries", attention_bwd_queries_kernel<T, kD>, queries,
-             kAttentionThreads, QueriesShared<kD>::kBytes, place, p);
-    }
-  });
+  const bool joint = is_joint(s, a.dq != nullptr, a.dk != nullptr, a.dv != nullptr);
+  if (joint) {
+    const int64_t rows = s.batch * s.heads * p.terms.rows;
+    p.sums.dq = static_cast<float*>(a.scratch) + rows * 2;
+    p.sums.locks = reinterpret_cast<uint32_t*>(p.sums.dq + rows * tile_dim(s));
+    p.sums.ticket = p.sums.locks + rows / kLockRows;
+  }
+  if (p.q_len > 0) {
+    const dim3 rows(p.terms.rows / kDeltaRows, p.heads, s.batch);
+    dispatch_attention_type(s, [&](auto t) {
+      launch("attention_delta", attention_delta_kernel<decltype(t)>, rows, kAttentionThreads, 0,
+             place, p);
+    });
+  }
+  if (joint) return attention_bwd_joint(s, p, place);
+  if (p.kv_len > 0 && (a.dk != nullptr || a.dv != nullptr)) attention_bwd_keys(s, p, place);
+  if (p.q_len > 0 && a.dq != nullptr) attention_bwd_queries(s, p, place);
 }
 
 }  // namespace llmkern

@@ -39,14 +39,24 @@ inline AttentionParams attention_params(const AttentionShape& s, const Attention
   return p;
 }
 
-// f(T{}, integral_constant<int, kD>): the storage type and the head dim that a tile has.
+// What head dims are filled up to.
+inline int tile_dim(const AttentionShape& s) {
+  return s.head_dim <= 64 && s.value_dim <= 64 ? 64 : 128;
+}
+
+// f(T{}): the storage type.
+template <class F>
+void dispatch_attention_type(const AttentionShape& s, F&& f) {
+  s.dtype == DType::kBFloat16 ? f(BFloat16{}) : f(Float16{});
+}
+
+// f(T{}, integral_constant<int, kD>): also the head dim that a tile has.
 template <class F>
 void dispatch_attention(const AttentionShape& s, F&& f) {
-  const auto with_dim = [&](auto t) {
-    const bool narrow = s.head_dim <= 64 && s.value_dim <= 64;
-    narrow ? f(t, std::integral_constant<int, 64>{}) : f(t, std::integral_constant<int, 128>{});
-  };
-  s.dtype == DType::kBFloat16 ? with_dim(BFloat16{}) : with_dim(Float16{});
+  dispatch_attention_type(s, [&](auto t) {
+    tile_dim(s) == 64 ? f(t, std::integral_constant<int, 64>{})
+                      : f(t, std::integral_constant<int, 128>{});
+  });
 }
 
 }  // namespace llmkern

@@ -79,6 +79,9 @@ void backward(const py::tuple& place, const py::tuple& shape, const py::tuple& i
 void bind_attention(py::module_& m) {
   m.def("attention_fwd", &forward);
   m.def("attention_bwd", &backward);
+  m.def("attention_bwd_scratch", [](const py::tuple& shape, bool dq, bool dk, bool dv) {
+    return attention_bwd_scratch(shape_of(shape), dq, dk, dv);
+  });
 }
 
 }  // namespace llmkern

@@ -28,8 +28,10 @@ int64_t linear_bwd_scratch(int64_t rows, int64_t cols);
 void linear_bwd(const LinearBwdArgs& a, const Place& place);
 
 // 16-bit tensors, head and value dim multiples of 8 up to 128, addresses and strides multiples of
-// 16 bytes; of the inputs only q, k, v and key_mask. scratch: B * H * S floats, for backward.
+// 16 bytes; of the inputs only q, k, v and key_mask. scratch: attention_bwd_scratch floats for the
+// gradients that are wanted, aligned to 16 bytes.
 void attention_fwd(const AttentionFwdArgs& a, const Place& place);
+int64_t attention_bwd_scratch(const AttentionShape& s, bool dq, bool dk, bool dv);
 void attention_bwd(const AttentionBwdArgs& a, const Place& place);
 
 }  // namespace llmkern

@@ -125,6 +125,22 @@ __device__ inline float and_b32(uint32_t bits, uint32_t mask) {
   return value;
 }
 
+// What the thread that released the value had stored before is seen by what follows.
+__device__ inline uint32_t ld_acquire_gpu_u32(const uint32_t* global) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(global_address(global))
+               : "memory");
+  return value;
+}
+
+// What this thread knows to be stored is seen by who acquires the sum.
+__device__ inline void red_release_gpu_add_u32(uint32_t* global, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(global_address(global)), "r"(value)
+               : "memory");
+}
+
 // v of lane (own lane ^ kMask); all lanes take part.
 template <int kMask>
 __device__ inline float shfl_sync_bfly(float v) {

@@ -128,16 +128,18 @@ def backward(
     codes, alive = _inputs(spec, q, k, v, key_mask)
     out, dout, lse, dlse = _rows(out), _rows(dout), lse.contiguous(), contiguous(dlse)
     pairs = [_gradient(*of) for of in zip(wants[:3], (q, k, v), (dq, dk, dv), strict=True)]
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    shape = _shape(spec, seed)
     with Launch(q, spec) as launch:
+        size = launch.module.attention_bwd_scratch(shape, *(bool(want) for want in wants[:3]))
+        scratch = torch.empty(size, dtype=torch.float32, device=q.device)
         launch.attention_bwd(
-            _shape(spec, seed),
+            shape,
             codes,
             (*_code(out), *_code(dout)),
             address(lse),
             address(dlse),
             tuple(part for rows, _ in pairs for part in _code(rows)),
-            address(delta),
+            address(scratch),
         )
     del alive
     for rows, result in pairs:
