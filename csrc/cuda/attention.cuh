@@ -261,7 +261,9 @@ template <int kSize>
 __device__ inline Range tiles_of(int low, int high, int length) {
   low = max(low, 0);
   high = min(high, length - 1);
-  return low > high ? Range{0, 0} : Range{low / kSize, high / kSize + 1};
+  if (low > high) return {0, 0};
+  const uint32_t first = low, last = high;  // unsigned: a division is a shift
+  return {static_cast<int>(first / kSize), static_cast<int>(last / kSize + 1)};
 }
 
 template <int kSize>

@@ -1,0 +1,179 @@
+// What a warp does in attention's backward in one pass (attention_bwd_joint.cu): shared memory, and
+// products of its keys with 32 queries at a time. Operands of the two products that give S and dP
+// are read as they are, of the others transposed, by ldmatrix either way.
+#pragma once
+
+#include "attention_cut.cuh"
+
+namespace llmkern {
+
+constexpr int kWarps = kAttentionThreads / kWarp;
+constexpr int kGroup = 32;  // queries whose scores are in registers at a time
+
+template <int kD>
+struct Joint {
+  static constexpr int kTiles = kD == 64 ? 2 : 1;   // of 16 keys, for each warp
+  static constexpr int kGroups = kD == 64 ? 2 : 1;  // in a tile of queries
+  static constexpr int kQueries = kGroup * kGroups;
+  static constexpr int kWarpKeys = kWarpRows * kTiles, kKeys = kWarpKeys * kWarps;
+  static constexpr int kParts = kD / 32;  // of the columns of dQ, for the warps of one group
+  static_assert(kParts * kGroups == kWarps, "a warp computes 32 x 32 of dQ");
+  static constexpr int kRow = kD * 2;
+  static constexpr int kTile = kQueries * kRow;
+  static constexpr int kK = 0, kV = kKeys * kRow;
+  static constexpr int kQ = 2 * kV, kDout = kQ + 2 * kTile;  // two stages each
+  static constexpr int kDs = kDout + 2 * kTile;              // [kGroups][kKeys] rows of 64 bytes
+  static constexpr int kDsGroup = kKeys * kGroup * 2;
+  static constexpr int kTerms = kDs + kGroups * kDsGroup;  // float2 a query, two stages
+  static constexpr int kTermsTile = kQueries * 8;
+  static constexpr int kTicket = kTerms + 2 * kTermsTile;
+  static constexpr int kBytes = kTicket + 16;
+};
+
+// Where unit u of row `key` of dS stands: two rows share a line of 128 bytes, so that both the four
+// units of two rows and one unit of eight rows lie in distinct bank groups. Unit u of a row holds
+// queries 8 i + 2 u + e at 2 i + e: what lane u of a quad has of it.
+__device__ inline int ds_offset(int key, int unit) {
+  return key / 2 * 128 + (key % 2 * 4 + (unit ^ (key / 2 % 4))) * 16;
+}
+__device__ inline int ds_query(int unit, int at) { return at / 2 * 8 + unit * 2 + at % 2; }
+
+// A lane's ldmatrix rows of a tile of kD columns: at[i] for columns 16 i .. and, 128 bytes on,
+// 16 (i + 4) ..
+struct Columns {
+  uint32_t at[4];
+
+  __device__ Columns(uint32_t tile, uint32_t lane) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      at[i] = tile + (lane ^ (i * 32));
+      ptx::keep(at[i]);
+    }
+  }
+  __device__ void advance(uint32_t by) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) at[i] += by;
+  }
+};
+
+template <int kStep>
+constexpr int kColumnBytes = kStep / 4 * 128;
+
+// s [keys of the warp][32 queries] += a b^T.
+template <class T, int kD, int kOffset>
+__device__ inline void multiply_group(float (&s)[Joint<kD>::kTiles][kGroup / 8][4],
+                                      const Columns& a, const Columns& b) {
+  using J = Joint<kD>;
+  static_for<kD / 16>([&](auto step) {
+    constexpr int kAt = kColumnBytes<step.value>;
+    uint32_t x[J::kTiles][4], y[2][4];
+    static_for<J::kTiles>([&](auto i) {
+      ptx::ldmatrix_x4<(kOffset == 0 ? J::kK : J::kV) + kAt + i.value * 16 * J::kRow>(
+          x[i.value], a.at[step.value % 4]);
+    });
+    static_for<2>([&](auto j) {
+      ptx::ldmatrix_x4<kOffset + kAt + j.value * 16 * J::kRow>(y[j.value], b.at[step.value % 4]);
+    });
+#pragma unroll
+    for (int i = 0; i < J::kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        attention_mma(s[i][j], x[i], y[j / 2][j % 2 * 2], y[j / 2][j % 2 * 2 + 1], T{});
+      }
+    }
+  });
+}
+
+// Weights of the warp's keys for 32 queries, as mma takes them: [keys][queries / 16][4].
+template <int kTiles>
+using Weights = uint32_t[kTiles][2][4];
+
+template <class T, int kTiles>
+__device__ inline void pack_weights(Weights<kTiles>& w, const float (&s)[kTiles][kGroup / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kGroup / 8; ++j) {
+      w[i][j / 2][j % 2 * 2] = pack_pair(s[i][j][0], s[i][j][1], T{});
+      w[i][j / 2][j % 2 * 2 + 1] = pack_pair(s[i][j][2], s[i][j][3], T{});
+    }
+  }
+}
+
+// sum [keys of the warp][kD] += w times 32 rows.
+template <class T, int kD, int kOffset>
+__device__ inline void accumulate_group(float (&sum)[Joint<kD>::kTiles][kD / 8][4],
+                                        const Weights<Joint<kD>::kTiles>& w, const Columns& b) {
+  using J = Joint<kD>;
+  static_for<2>([&](auto step) {
+    static_for<kD / 16>([&](auto j) {
+      uint32_t y[4];
+      ptx::ldmatrix_x4_trans<kOffset + kColumnBytes<j.value> + step.value * 16 * J::kRow>(
+          y, b.at[j.value % 4]);
+#pragma unroll
+      for (int i = 0; i < J::kTiles; ++i) {
+        attention_mma(sum[i][2 * j.value], w[i][step.value], y[0], y[1], T{});
+        attention_mma(sum[i][2 * j.value + 1], w[i][step.value], y[2], y[3], T{});
+      }
+    });
+  });
+}
+
+// The same of 16 keys, pair by pair, where a row that not all of them see may hold a NaN or Inf.
+template <class T, int kD>
+__device__ inline void accumulate_seen_pairs(float (&sum)[kD / 8][4], const uint32_t (&w)[2][4],
+                                             const uint8_t* rows, const Band (&band)[2]) {
+  const int lane = threadIdx.x % kWarp;
+  uint32_t words[2][kGroup / 8];  // indexed at run time: in local memory
+#pragma unroll
+  for (int j = 0; j < kGroup / 8; ++j) {
+    words[0][j] = w[j / 2][j % 2 * 2];
+    words[1][j] = w[j / 2][j % 2 * 2 + 1];
+  }
+#pragma unroll 1
+  for (int c = 0; c < kGroup; ++c) {
+    float weight[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t pair =
+          __shfl_sync(kAllLanes, words[half][c / 8], lane / 4 * 4 + c % 8 / 2);
+      weight[half] = c % 2 == 0 ? low_half(pair, T{}) : high_half(pair, T{});
+    }
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j) {
+      const uint32_t pair =
+          *reinterpret_cast<const uint32_t*>(rows + row_offset<kD>(c, j) + lane % 4 * 4);
+      const float low = low_half(pair, T{}), high = high_half(pair, T{});
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (!band[half].sees(c)) continue;
+        sum[j][2 * half] = add_weighted(sum[j][2 * half], weight[half], low);
+        sum[j][2 * half + 1] = add_weighted(sum[j][2 * half + 1], weight[half], high);
+      }
+    }
+  }
+}
+
+// s: scores in, P out. dp: drop(dO V^T) - delta in, dS / scale out.
+template <bool kAll, int kTiles>
+__device__ inline void differentiate(const float4 (&terms)[kGroup / 8], float scale_log2,
+                                     const Band (&band)[kTiles][2],
+                                     float (&s)[kTiles][kGroup / 8][4],
+                                     float (&dp)[kTiles][kGroup / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kGroup / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float lse = e % 2 == 0 ? terms[j].x : terms[j].z;
+        float &prob = s[i][j][e], &ds = dp[i][j][e];
+        prob = ptx::ex2_approx_ftz_f32(fmaf(prob, scale_log2, lse));
+        ds *= prob;
+        if (!kAll && !band[i][e / 2].sees(j * 8 + e % 2)) prob = ds = 0.0f;
+      }
+    }
+  }
+}
+
+}  // namespace llmkern

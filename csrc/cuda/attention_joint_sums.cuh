@@ -1,0 +1,361 @@
+// The sums of attention's backward in one pass: dK and dV of a warp's keys, in registers, and 32 x
+// 32 of dQ, in memory.
+#pragma once
+
+#include "attention_joint.cuh"
+
+namespace llmkern {
+
+// What a block knows of its keys.
+template <int kD>
+struct Keys {
+  using J = Joint<kD>;
+  int batch, kv_head, block, j0;
+  int own;                  // this warp's first key, as a row of the tile
+  bool kept[J::kTiles][2];  // this lane's keys exist and are not masked out
+  bool all_kept;            // all of the warp's
+
+  __device__ Keys(const AttentionParams& p, uint32_t ticket) {
+    const uint32_t blocks = (p.kv_len + J::kKeys - 1) / J::kKeys;
+    const uint32_t unit = ticket / blocks, kv_heads = p.heads / p.group;
+    block = ticket % blocks;
+    batch = unit / kv_heads;
+    kv_head = unit % kv_heads;
+    j0 = block * J::kKeys;
+    own = threadIdx.x / kWarp * J::kWarpKeys;
+    bool every = true;
+#pragma unroll
+    for (int i = 0; i < J::kTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int j = key(i, half);
+        kept[i][half] = j < p.kv_len && (mask(p) == nullptr || mask(p)[j] != 0);
+        every &= kept[i][half];
+      }
+    }
+    all_kept = __all_sync(kAllLanes, every);
+  }
+
+  __device__ int key(int i, int half) const {
+    return j0 + own + i * kWarpRows + half * 8 + threadIdx.x % kWarp / 4;
+  }
+  __device__ const uint8_t* mask(const AttentionParams& p) const {
+    return p.key_mask == nullptr ? nullptr : p.key_mask + static_cast<int64_t>(batch) * p.kv_len;
+  }
+  // Tiles of queries, all of which exist, where the band hides none of these keys.
+  __device__ Range whole_tiles(const AttentionParams& p) const {
+    const int low = max(j0 + J::kKeys - 1 - p.shift - p.right, 0);
+    const int high = min(j0 - p.shift + p.left, p.q_len - 1);
+    return {(low + J::kQueries - 1) / J::kQueries, (high + 1) / J::kQueries};
+  }
+  // The warps that have a key which one of the queries i0 .. i0 + 31 sees.
+  __device__ Range warps(const AttentionParams& p, int i0) const {
+    const int i1 = min(i0 + kGroup, p.q_len) - 1;
+    if (i0 > i1) return {0, 0};
+    return tiles_of<J::kWarpKeys>(i0 + p.shift - p.left - j0, i1 + p.shift + p.right - j0,
+                                  min(p.kv_len - j0, J::kKeys));
+  }
+};
+
+// A tile of queries of a head; `row` counts rows of AttentionParams::terms.
+struct QueryTile {
+  int tile, head;
+  int64_t row;
+};
+
+// A quad of lanes holds of a row four blocks of eight columns, lane t columns 2 t and 2 t + 1 of
+// each in w; after it, lane t holds block t.
+__device__ inline void transpose_quad(uint32_t (&w)[4]) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      uint32_t &low = w[i], &high = w[i + step];
+      const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? low : high, step);
+      low = upper ? other : low;
+      high = upper ? high : other;
+    }
+  }
+}
+
+// This warp's 32 queries x 32 columns of dQ.
+template <class T, int kD>
+struct QuerySums {
+  using J = Joint<kD>;
+  int group, part;
+  uint32_t ds[2], k[2];  // a lane's ldmatrix rows: 16 queries of dS each, 16 columns of K each
+
+  __device__ QuerySums(uint32_t shared, const Lanes<kD>& lanes) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    group = warp / J::kParts;
+    part = warp % J::kParts;
+    const int at = ds_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      ds[i] = shared + J::kDs + group * J::kDsGroup + (at ^ (i * 32));
+      k[i] = shared + J::kK + (lanes.b_trans ^ (part * 64 + i * 32));
+      ptx::keep(ds[i]);
+      ptx::keep(k[i]);
+    }
+  }
+
+  // sum += dS K of 16 keys, `kStep` times 16 keys and `row` after the first.
+  template <int kStep>
+  __device__ void multiply(float (&sum)[2][4][4], int row) const {
+    uint32_t a[2][4], b[2][4];
+    static_for<2>([&](auto i) {
+      ptx::ldmatrix_x4_trans<kStep * 16 * kGroup * 2>(a[i.value], ds[i.value] + row * kGroup * 2);
+      ptx::ldmatrix_x4_trans<kStep * 16 * J::kRow>(b[i.value], k[i.value] + row * J::kRow);
+    });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        attention_mma(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], T{});
+      }
+    }
+  }
+
+  // Of the keys of some warps: dS of the others was not written.
+  __device__ void multiply_some(float (&sum)[2][4][4], const Range& warps) const {
+#pragma unroll 1
+    for (int row = warps.first * J::kWarpKeys; row < warps.end * J::kWarpKeys;
+         row += J::kWarpKeys) {
+      static_for<J::kTiles>([&](auto step) { multiply<step.value>(sum, row); });
+    }
+  }
+
+  // The query of row g + 8 half of 16, relative to the tile.
+  __device__ int query(int i, int half) const {
+    return group * kGroup + ds_query(2 * i + half, threadIdx.x % kWarp / 4);
+  }
+
+  // Key by key, where K holds a NaN or Inf that not all queries see.
+  __device__ void multiply_seen(float (&sum)[2][4][4], const AttentionParams& p, int i0, int j0,
+                                const Range& warps) const {
+    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+    Band band[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) band[i][half] = keys_of(p, i0 + query(i, half), j0);
+    }
+#pragma unroll 1
+    for (int c = warps.first * J::kWarpKeys; c < warps.end * J::kWarpKeys; ++c) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (!band[i][half].sees(c)) continue;
+          const T weight = *reinterpret_cast<const T*>(
+              shared_bytes + J::kDs + group * J::kDsGroup + ds_offset(c, 2 * i + half) + g * 2);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const uint32_t pair = *reinterpret_cast<const uint32_t*>(
+                shared_bytes + J::kK + row_offset<kD>(c, part * 4 + j) + t * 4);
+            float(&to)[4] = sum[i][j];
+            to[2 * half] = add_weighted(to[2 * half], to_float(weight), low_half(pair, T{}));
+            to[2 * half + 1] =
+                add_weighted(to[2 * half + 1], to_float(weight), high_half(pair, T{}));
+          }
+        }
+      }
+    }
+  }
+
+  // Adds the keys of a block to what those before it, if any, left in memory.
+  template <bool kFirst>
+  __device__ void add(const AttentionParams& p, const Keys<kD>& keys, const QueryTile& at,
+                      bool whole, bool k_finite, bool last) const {
+    const int i0 = at.tile * J::kQueries;
+    float sum[2][4][4] = {};
+    // 16 bytes a lane, then those of the next fragment.
+    float4* memory = reinterpret_cast<float4*>(p.sums.dq + at.row * kD) +
+                     threadIdx.x / kWarp * 8 * kWarp + threadIdx.x % kWarp;
+    if (!kFirst) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float4 before = memory[i * kWarp];
+        float(&to)[4] = sum[i / 4][i % 4];
+        to[0] = before.x, to[1] = before.y, to[2] = before.z, to[3] = before.w;
+      }
+    }
+    if (whole) {
+      static_for<J::kKeys / 16>([&](auto step) { multiply<step.value>(sum, 0); });
+    } else {
+      const Range warps = keys.warps(p, i0 + group * kGroup);
+      if (k_finite) {
+        multiply_some(sum, warps);
+      } else {
+        multiply_seen(sum, p, i0, keys.j0, warps);
+      }
+    }
+    if (last) return store(p, keys.batch, at.head, i0, sum);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float(&of)[4] = sum[i / 4][i % 4];
+      memory[i * kWarp] = make_float4(of[0], of[1], of[2], of[3]);
+    }
+  }
+
+  __device__ void store(const AttentionParams& p, int batch, int head, int i0,
+                        const float (&sum)[2][4][4]) const {
+    const int col = part * 32 + threadIdx.x % 4 * 8;
+    T* dq = const_cast<T*>(slab<T>(p.dq, batch, head)) + col;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t w[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          w[j] = pack_pair(sum[i][j][2 * half] * p.scale, sum[i][j][2 * half + 1] * p.scale, T{});
+        }
+        transpose_quad(w);
+        const int row = i0 + query(i, half);
+        if (row < p.q_len && col < p.head_dim) {
+          *reinterpret_cast<uint4*>(dq + row * p.dq.row) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+      }
+    }
+  }
+};
+
+// This warp's part of dK and dV of a group of 32 queries; leaves dS in shared memory.
+template <class T, int kD>
+struct KeySums {
+  using J = Joint<kD>;
+  float dk[J::kTiles][kD / 8][4] = {}, dv[J::kTiles][kD / 8][4] = {};
+  float scale_log2;
+  Columns kv, q, q_trans;  // of the keys, and of the queries of the next group
+  int ds, terms;           // bytes; of the first group
+
+  __device__ KeySums(const AttentionParams& p, uint32_t shared, int own, const Lanes<kD>& lanes)
+      : scale_log2(p.scale * kLog2E),
+        kv(shared + own * J::kRow, lanes.a),
+        q(shared + J::kQ, lanes.b),
+        q_trans(shared + J::kQ, lanes.b_trans),
+        ds(J::kDs + ds_offset(own + threadIdx.x % kWarp / 4, threadIdx.x % 4)),
+        terms(J::kTerms + threadIdx.x % 4 * 16) {}
+
+  template <int kSign>
+  __device__ static void add_terms(const float4 (&pairs)[kGroup / 8], float (&dp)[kGroup / 8][4]) {
+#pragma unroll
+    for (int j = 0; j < kGroup / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dp[j][e] += kSign * (e % 2 == 0 ? pairs[j].y : pairs[j].w);
+    }
+  }
+
+  __device__ void advance(int rows) {
+    q.advance(rows * J::kRow);
+    q_trans.advance(rows * J::kRow);
+  }
+
+  // Queries i0 .. i0 + 31 of a head, `row` rows into the stages. whole: all of them exist and see
+  // these keys, but for those that are masked out; plain: no NaN or Inf in them.
+  __device__ void add(const AttentionParams& p, const Keys<kD>& keys, int head, int i0, int row,
+                      bool whole, bool plain) {
+    constexpr int kBlocks = kGroup / 8;
+    const int j0 = keys.j0 + keys.own;
+    float4 pairs[kBlocks];
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      pairs[j] = *reinterpret_cast<const float4*>(shared_bytes + terms + row * 8 + j * 64);
+    }
+    float s[J::kTiles][kBlocks][4] = {}, dp[J::kTiles][kBlocks][4];
+#pragma unroll
+    for (int i = 0; i < J::kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+        dp[i][j][0] = dp[i][j][2] = pairs[j].y;
+        dp[i][j][1] = dp[i][j][3] = pairs[j].w;
+      }
+    }
+    multiply_group<T, kD, 0>(s, kv, q);
+    multiply_group<T, kD, J::kDout - J::kQ>(dp, kv, q);
+    const bool drops = p.dropout.threshold != 0;
+    QueryDrop<kGroup> drop[J::kTiles];
+    if (drops) {
+#pragma unroll
+      for (int i = 0; i < J::kTiles; ++i) {
+        drop[i].draw(p, keys.batch * p.heads + head, i0, j0 + i * kWarpRows);
+        add_terms<-1>(pairs, dp[i]);  // delta is not dropped
+        drop[i].apply(dp[i], p.dropout.scale);
+        add_terms<1>(pairs, dp[i]);
+      }
+    }
+    const int i1 = i0 + kGroup - 1, j1 = j0 + J::kWarpKeys - 1;
+    const bool all = whole || (i1 < p.q_len && band_covers(p, i0, i1, j0, j1));
+    Band bands[J::kTiles][2], band[J::kTiles][2];
+    if (all && keys.all_kept) {
+      differentiate<true, J::kTiles>(pairs, scale_log2, band, s, dp);
+    } else {
+#pragma unroll
+      for (int i = 0; i < J::kTiles; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          bands[i][half] = queries_of(p, keys.key(i, half), keys.kept[i][half], i0);
+          band[i][half] = bands[i][half].of_lane();
+        }
+      }
+      differentiate<false, J::kTiles>(pairs, scale_log2, band, s, dp);
+    }
+    if (drops) {
+#pragma unroll
+      for (int i = 0; i < J::kTiles; ++i) drop[i].apply(s[i], p.dropout.scale);
+    }
+    Weights<J::kTiles> weights, ds_weights;
+    pack_weights<T, J::kTiles>(weights, s);
+    pack_weights<T, J::kTiles>(ds_weights, dp);
+    const int to = ds + row % J::kQueries * J::kKeys * 2;
+#pragma unroll
+    for (int i = 0; i < J::kTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t(&w)[2][4] = ds_weights[i];
+        *reinterpret_cast<uint4*>(shared_bytes + to + (i * 2 + half) * 8 * kGroup * 2) =
+            make_uint4(w[0][half], w[0][2 + half], w[1][half], w[1][2 + half]);
+      }
+    }
+    if (all || plain) {
+      accumulate_group<T, kD, J::kDout - J::kQ>(dv, weights, q_trans);
+      accumulate_group<T, kD, 0>(dk, ds_weights, q_trans);
+    } else {
+      const uint8_t* rows = shared_bytes + J::kQ + row * J::kRow;
+#pragma unroll
+      for (int i = 0; i < J::kTiles; ++i) {
+        accumulate_seen_pairs<T, kD>(dv[i], weights[i], rows + J::kDout - J::kQ, bands[i]);
+        accumulate_seen_pairs<T, kD>(dk[i], ds_weights[i], rows, bands[i]);
+      }
+    }
+  }
+
+  __device__ void store(const AttentionParams& p, const Keys<kD>& keys) {
+#pragma unroll
+    for (int i = 0; i < J::kTiles; ++i) {
+      if (keys.mask(p) != nullptr) {  // a NaN of a query reached the rows of masked-out keys too
+#pragma unroll
+        for (int e = 0; e < kD / 2; ++e) {
+          if (keys.kept[i][e / 2 % 2]) continue;
+          dk[i][e / 4][e % 4] = dv[i][e / 4][e % 4] = 0.0f;
+        }
+      }
+      const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
+      const int row = keys.own + i * kWarpRows;
+      uint8_t* shared = shared_bytes + row * J::kRow;
+      if (p.dk.data != nullptr) {
+        store_rows<T, kD>(shared + J::kK, p.dk, keys.batch, keys.kv_head, keys.j0 + row, p.kv_len,
+                          p.head_dim, dk[i], scale_k);
+      }
+      if (p.dv.data != nullptr) {
+        store_rows<T, kD>(shared + J::kV, p.dv, keys.batch, keys.kv_head, keys.j0 + row, p.kv_len,
+                          p.value_dim, dv[i], scale_v);
+      }
+    }
+  }
+};
+
+}  // namespace llmkern
