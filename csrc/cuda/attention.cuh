@@ -64,14 +64,17 @@ __device__ inline const T* slab(const Rows& rows, int batch, int head) {
   return static_cast<const T*>(rows.data) + batch * rows.batch + head * rows.head;
 }
 
-// A thread's part of loading tile after tile of kRows rows of a slab by cp.async. Rows past
-// `count`, those that `kept` leaves out and columns past `dim` become 0. kept: null, or one byte a
-// row.
-template <class T, int kD, int kRows>
+// A thread's part of loading tile after tile of kRows rows of a slab by cp.async; kDown: from the
+// last tile to the first. Rows past `count`, those that `kept` leaves out and columns past `dim`
+// become 0. kept: null, or one byte a row.
+template <class T, int kD, int kRows, bool kDown = false, int kThreads = kAttentionThreads>
 struct RowLoader {
-  static constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
+  static constexpr int kUnits = kD / 8, kStep = kThreads / kUnits, kCopies = kRows / kStep;
   static_assert(kStep % 8 == 0, "the rows of a thread have the same swizzle");
-  uint64_t from;     // of its first row in the next tile
+  // Of a thread's rows of a tile, the one that it copies i-th.
+  template <int i>
+  static constexpr int kLine = (kDown ? kCopies - 1 - i : i) * kStep;
+  uint64_t from;     // of its next row
   uint64_t step;     // bytes from one of its rows to the next
   uint64_t nothing;  // readable, for copies of 0 bytes
   uint32_t to;
@@ -84,19 +87,19 @@ struct RowLoader {
     to = shared + row_offset<kD>(line, unit);
     bytes = unit * 8 < dim ? 16 : 0;
     nothing = ptx::global_address(slab);
-    from = nothing + (first + line) * stride * 2 + (bytes > 0 ? unit * 16 : 0);
-    step = stride * 2 * kStep;
+    from = nothing + (first + line + kLine<0>)*stride * 2 + (bytes > 0 ? unit * 16 : 0);
+    step = stride * 2 * (kDown ? -kStep : kStep);
     ptx::keep(to);
     ptx::keep(bytes);
     ptx::keep(line);
     ptx::keep(from);
-    ptx::keep(step);
+    if (!kDown) ptx::keep(step);
   }
 
   // The next tile, all rows of which exist and are kept, to `offset` bytes after the first.
   __device__ void load_whole(uint32_t offset) {
-    static_for<kRows / kStep>([&](auto i) {
-      ptx::cp_async_cg_16<i.value * kStep * kD * 2>(to + offset, from, bytes);
+    static_for<kCopies>([&](auto i) {
+      ptx::cp_async_cg_16<kLine<i.value> * kD * 2>(to + offset, from, bytes);
       from += step;
     });
   }
@@ -104,21 +107,22 @@ struct RowLoader {
   // Any tile; its first row is `first`.
   __device__ void load(uint32_t offset, int first, int count, const uint8_t* kept = nullptr) {
     if (first + kRows <= count && kept == nullptr) return load_whole(offset);
-#pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i, from += step) {
-      const int row = first + line + i * kStep;
+    static_for<kCopies>([&](auto i) {
+      const int row = first + line + kLine<i.value>;
       const bool inside = row < count && bytes > 0 && (kept == nullptr || kept[row] != 0);
-      ptx::cp_async_cg_16(to + offset + i * kStep * kD * 2, inside ? from : nothing,
-                          inside ? 16 : 0);
-    }
+      ptx::cp_async_cg_16<kLine<i.value> * kD * 2>(to + offset, inside ? from : nothing,
+                                                   inside ? 16 : 0);
+      from += step;
+    });
   }
 };
 
 // Rows first .. first + kRows - 1 alone.
-template <class T, int kD, int kRows>
+template <class T, int kD, int kRows, int kThreads = kAttentionThreads>
 __device__ inline void load_rows(uint32_t shared, const T* slab, int64_t stride, int first,
                                  int count, int dim, const uint8_t* kept = nullptr) {
-  RowLoader<T, kD, kRows>(shared, slab, stride, first, dim).load(0, first, count, kept);
+  RowLoader<T, kD, kRows, false, kThreads>(shared, slab, stride, first, dim)
+      .load(0, first, count, kept);
 }
 
 // Offsets of a lane's ldmatrix rows; add the tile's address and row0 * kD * 2, row0 a multiple of

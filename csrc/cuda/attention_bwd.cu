@@ -6,37 +6,60 @@
 namespace llmkern {
 namespace {
 
-constexpr int kDeltaRows = kAttentionThreads / 8;  // eight lanes a row
-static_assert(kLockRows % kDeltaRows == 0 && kBlockRows % kLockRows == 0, "a lock has one writer");
+// Eight lanes share a row, and each takes part in four of them.
+constexpr int kLaneRows = 4, kRowsApart = kWarp / 8;
+constexpr int kWarpDeltas = kLaneRows * kRowsApart;
+constexpr int kDeltaRows = kWarpDeltas * kAttentionThreads / kWarp;
+static_assert(kBlockRows % kDeltaRows == 0, "terms are written up to whole blocks");
+static_assert(kDeltaRows % kLockRows == 0, "a lock has one writer");
+
+// Of four rows' parts in a lane, the sum over eight lanes of one: of row lane / 2 % 2 + lane % 2 * 2.
+__device__ inline float sum_rows(const float (&part)[kLaneRows]) {
+  const bool odd = threadIdx.x & 1, second = threadIdx.x & 2;
+  float pair[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    pair[i] = odd ? part[2 + i] : part[i];
+    pair[i] += ptx::shfl_sync_bfly<1>(odd ? part[i] : part[2 + i]);
+  }
+  float sum = second ? pair[1] : pair[0];
+  sum += ptx::shfl_sync_bfly<2>(second ? pair[0] : pair[1]);
+  return sum + ptx::shfl_sync_bfly<4>(sum);
+}
 
 // The terms of each query; also sets to 0 what the joint kernel counts in.
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_delta_kernel(const AttentionParams p) {
   const int batch = blockIdx.z, head = blockIdx.y, lane = threadIdx.x % 8;
-  const int row = blockIdx.x * kDeltaRows + threadIdx.x / 8;
-  const bool inside = row < p.q_len;
-  const T* out = slab<T>(p.out, batch, head) + row * p.out.row;
-  const T* dout = slab<T>(p.dout, batch, head) + row * p.dout.row;
-  float sum = 0.0f;
-  for (int col = lane * kPack; inside && col < p.value_dim; col += 8 * kPack) {
-    float o[kPack], d[kPack];
-    load_vector(out + col, o);
-    load_vector(dout + col, d);
+  const int row0 = blockIdx.x * kDeltaRows + threadIdx.x / kWarp * kWarpDeltas +
+                   threadIdx.x % kWarp / 8;
+  const T* out = slab<T>(p.out, batch, head);
+  const T* dout = slab<T>(p.dout, batch, head);
+  float part[kLaneRows] = {};
+  for (int col = lane * kPack; col < p.value_dim; col += 8 * kPack) {
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) sum += o[i] * d[i];
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int row = min(row0 + i * kRowsApart, p.q_len - 1);
+      float o[kPack], d[kPack];
+      load_vector(out + row * p.out.row + col, o);
+      load_vector(dout + row * p.dout.row + col, d);
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) part[i] += o[e] * d[e];
+    }
   }
-  for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  if (lane != 0) return;
+  const float sum = sum_rows(part);
+  if (lane >= kLaneRows) return;
+  const int row = row0 + (lane / 2 + lane % 2 * 2) * kRowsApart;
   float2 terms = make_float2(0.0f, 0.0f);
-  if (inside) {
+  if (row < p.q_len) {
     const int64_t at = (static_cast<int64_t>(batch) * p.heads + head) * p.q_len + row;
     terms = make_float2(-p.lse[at] * kLog2E, (p.dlse == nullptr ? 0.0f : p.dlse[at]) - sum);
   }
   float2* to = p.terms.at(batch, p.heads, head, row);
   *to = terms;
   if (p.sums.locks == nullptr || row % kLockRows != 0) return;
-  const int64_t lock = (to - p.terms.data) / kLockRows;
+  const uint64_t lock = static_cast<uint64_t>(to - p.terms.data) / kLockRows;
   p.sums.locks[lock] = 0;
   if (lock == 0) *p.sums.ticket = 0;
 }

@@ -14,9 +14,9 @@ __device__ inline uint32_t exponent_bits(Float16) { return 0x7c00u; }
 
 // Sets bit 15 or 31 of the result where a half of a word of this thread's units has all exponent
 // bits set: adding the lowest of them carries out of the exponent.
-template <class T, int kD, int kRows>
+template <class T, int kD, int kRows, int kThreads = kAttentionThreads>
 __device__ inline uint32_t own_exponents(const uint8_t* tile) {
-  constexpr int kUnits = kD / 8, kStep = kAttentionThreads / kUnits;
+  constexpr int kUnits = kD / 8, kStep = kThreads / kUnits;
   const uint32_t mask = exponent_bits(T{}) * 0x10001u, one = mask & ~(mask << 1);
   uint32_t found = 0;
 #pragma unroll

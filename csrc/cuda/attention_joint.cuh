@@ -7,17 +7,19 @@
 
 namespace llmkern {
 
-constexpr int kWarps = kAttentionThreads / kWarp;
 constexpr int kGroup = 32;  // queries whose scores are in registers at a time
 
-template <int kD>
+// kWarpsOf: 4 or 8 warps in a block.
+template <int kHeadDim, int kWarpsOf>
 struct Joint {
+  static constexpr int kD = kHeadDim, kWarps = kWarpsOf, kThreads = kWarps * kWarp;
   static constexpr int kTiles = kD == 64 ? 2 : 1;   // of 16 keys, for each warp
   static constexpr int kGroups = kD == 64 ? 2 : 1;  // in a tile of queries
   static constexpr int kQueries = kGroup * kGroups;
   static constexpr int kWarpKeys = kWarpRows * kTiles, kKeys = kWarpKeys * kWarps;
-  static constexpr int kParts = kD / 32;  // of the columns of dQ, for the warps of one group
-  static_assert(kParts * kGroups == kWarps, "a warp computes 32 x 32 of dQ");
+  // Of dQ a warp computes 32 queries x kCols columns.
+  static constexpr int kParts = kWarps / kGroups, kCols = kD / kParts;
+  static_assert(kCols % 16 == 0, "one ldmatrix has 16 columns of K");
   static constexpr int kRow = kD * 2;
   static constexpr int kTile = kQueries * kRow;
   static constexpr int kK = 0, kV = kKeys * kRow;
@@ -60,11 +62,10 @@ template <int kStep>
 constexpr int kColumnBytes = kStep / 4 * 128;
 
 // s [keys of the warp][32 queries] += a b^T.
-template <class T, int kD, int kOffset>
-__device__ inline void multiply_group(float (&s)[Joint<kD>::kTiles][kGroup / 8][4],
-                                      const Columns& a, const Columns& b) {
-  using J = Joint<kD>;
-  static_for<kD / 16>([&](auto step) {
+template <class T, class J, int kOffset>
+__device__ inline void multiply_group(float (&s)[J::kTiles][kGroup / 8][4], const Columns& a,
+                                      const Columns& b) {
+  static_for<J::kD / 16>([&](auto step) {
     constexpr int kAt = kColumnBytes<step.value>;
     uint32_t x[J::kTiles][4], y[2][4];
     static_for<J::kTiles>([&](auto i) {
@@ -78,7 +79,7 @@ __device__ inline void multiply_group(float (&s)[Joint<kD>::kTiles][kGroup / 8][
     for (int i = 0; i < J::kTiles; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        attention_mma(s[i][j], x[i], y[j / 2][j % 2 * 2], y[j / 2][j % 2 * 2 + 1], T{});
+        attention_mma(s[i][j], x[i], y[j / 2][j % 2], y[j / 2][j % 2 + 2], T{});
       }
     }
   });
@@ -101,12 +102,11 @@ __device__ inline void pack_weights(Weights<kTiles>& w, const float (&s)[kTiles]
 }
 
 // sum [keys of the warp][kD] += w times 32 rows.
-template <class T, int kD, int kOffset>
-__device__ inline void accumulate_group(float (&sum)[Joint<kD>::kTiles][kD / 8][4],
-                                        const Weights<Joint<kD>::kTiles>& w, const Columns& b) {
-  using J = Joint<kD>;
+template <class T, class J, int kOffset>
+__device__ inline void accumulate_group(float (&sum)[J::kTiles][J::kD / 8][4],
+                                        const Weights<J::kTiles>& w, const Columns& b) {
   static_for<2>([&](auto step) {
-    static_for<kD / 16>([&](auto j) {
+    static_for<J::kD / 16>([&](auto j) {
       uint32_t y[4];
       ptx::ldmatrix_x4_trans<kOffset + kColumnBytes<j.value> + step.value * 16 * J::kRow>(
           y, b.at[j.value % 4]);
@@ -154,26 +154,35 @@ __device__ inline void accumulate_seen_pairs(float (&sum)[kD / 8][4], const uint
   }
 }
 
-// s: scores in, P out. dp: drop(dO V^T) - delta in, dS / scale out.
-template <bool kAll, int kTiles>
-__device__ inline void differentiate(const float4 (&terms)[kGroup / 8], float scale_log2,
-                                     const Band (&band)[kTiles][2],
-                                     float (&s)[kTiles][kGroup / 8][4],
-                                     float (&dp)[kTiles][kGroup / 8][4]) {
+// f(i, j, e) for each element of a lane's scores: those of key tile i and query block j.
+template <int kTiles, class F>
+__device__ inline void each_score(F&& f) {
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
     for (int j = 0; j < kGroup / 8; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float lse = e % 2 == 0 ? terms[j].x : terms[j].z;
-        float &prob = s[i][j][e], &ds = dp[i][j][e];
-        prob = ptx::ex2_approx_ftz_f32(fmaf(prob, scale_log2, lse));
-        ds *= prob;
-        if (!kAll && !band[i][e / 2].sees(j * 8 + e % 2)) prob = ds = 0.0f;
-      }
+      for (int e = 0; e < 4; ++e) f(i, j, e);
     }
   }
 }
+
+// The terms of a lane's queries of one kind: x or y of RowTerms.
+struct Terms {
+  float of[kGroup / 8][2];
+
+  template <int kKind>
+  __device__ static Terms load(const uint8_t* shared) {
+    Terms t;
+#pragma unroll
+    for (int j = 0; j < kGroup / 8; ++j) {
+      const float4 pair = *reinterpret_cast<const float4*>(shared + j * 64);
+      t.of[j][0] = kKind == 0 ? pair.x : pair.y;
+      t.of[j][1] = kKind == 0 ? pair.z : pair.w;
+    }
+    return t;
+  }
+  __device__ float operator()(int j, int e) const { return of[j][e % 2]; }
+};
 
 }  // namespace llmkern

@@ -7,13 +7,13 @@
 namespace llmkern {
 
 // What a block knows of its keys.
-template <int kD>
+template <class J>
 struct Keys {
-  using J = Joint<kD>;
   int batch, kv_head, block, j0;
-  int own;                  // this warp's first key, as a row of the tile
-  bool kept[J::kTiles][2];  // this lane's keys exist and are not masked out
-  bool all_kept;            // all of the warp's
+  int own;        // this warp's first key, as a row of the tile
+  uint32_t kept;  // bit 2 i + half: that key of this lane exists and is not masked out; kAll
+
+  static constexpr uint32_t kAll = 1u << 31;  // all keys of the warp
 
   __device__ Keys(const AttentionParams& p, uint32_t ticket) {
     const uint32_t blocks = (p.kv_len + J::kKeys - 1) / J::kKeys;
@@ -23,22 +23,18 @@ struct Keys {
     kv_head = unit % kv_heads;
     j0 = block * J::kKeys;
     own = threadIdx.x / kWarp * J::kWarpKeys;
-    bool every = true;
+    kept = 0;
 #pragma unroll
-    for (int i = 0; i < J::kTiles; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int j = key(i, half);
-        kept[i][half] = j < p.kv_len && (mask(p) == nullptr || mask(p)[j] != 0);
-        every &= kept[i][half];
-      }
+    for (int i = 0; i < 2 * J::kTiles; ++i) {
+      const int j = key(i);
+      kept |= (j < p.kv_len && (mask(p) == nullptr || mask(p)[j] != 0) ? 1u : 0u) << i;
     }
-    all_kept = __all_sync(kAllLanes, every);
+    if (__all_sync(kAllLanes, kept == (1u << 2 * J::kTiles) - 1)) kept |= kAll;
   }
 
-  __device__ int key(int i, int half) const {
-    return j0 + own + i * kWarpRows + half * 8 + threadIdx.x % kWarp / 4;
-  }
+  // i: 2 * tile + half.
+  __device__ int key(int i) const { return j0 + own + i * 8 + threadIdx.x % kWarp / 4; }
+  __device__ bool keeps(int i) const { return kept >> i & 1; }
   __device__ const uint8_t* mask(const AttentionParams& p) const {
     return p.key_mask == nullptr ? nullptr : p.key_mask + static_cast<int64_t>(batch) * p.kv_len;
   }
@@ -47,6 +43,10 @@ struct Keys {
     const int low = max(j0 + J::kKeys - 1 - p.shift - p.right, 0);
     const int high = min(j0 - p.shift + p.left, p.q_len - 1);
     return {(low + J::kQueries - 1) / J::kQueries, (high + 1) / J::kQueries};
+  }
+  // Whether queries up to i1 see no key of a later block.
+  __device__ bool are_last(const AttentionParams& p, int i1) const {
+    return min(i1 + p.shift + p.right, p.kv_len - 1) < j0 + J::kKeys;
   }
   // The warps that have a key which one of the queries i0 .. i0 + 31 sees.
   __device__ Range warps(const AttentionParams& p, int i0) const {
@@ -80,14 +80,16 @@ __device__ inline void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// This warp's 32 queries x 32 columns of dQ.
-template <class T, int kD>
+// This warp's 32 queries x kCols columns of dQ.
+template <class T, class J>
 struct QuerySums {
-  using J = Joint<kD>;
+  static constexpr int kBlocks = J::kCols / 8;
+  using Sum = float[2][kBlocks][4];  // [queries / 16][columns / 8]
   int group, part;
-  uint32_t ds[2], k[2];  // a lane's ldmatrix rows: 16 queries of dS each, 16 columns of K each
+  uint32_t ds[2], k[kBlocks / 2];  // a lane's ldmatrix rows: of 16 queries of dS, 16 columns of K
+  uint32_t own;                    // bytes
 
-  __device__ QuerySums(uint32_t shared, const Lanes<kD>& lanes) {
+  __device__ QuerySums(uint32_t shared, const Lanes<J::kD>& lanes) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     group = warp / J::kParts;
     part = warp % J::kParts;
@@ -95,31 +97,38 @@ struct QuerySums {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       ds[i] = shared + J::kDs + group * J::kDsGroup + (at ^ (i * 32));
-      k[i] = shared + J::kK + (lanes.b_trans ^ (part * 64 + i * 32));
       ptx::keep(ds[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBlocks / 2; ++i) {
+      k[i] = shared + J::kK + (lanes.b_trans ^ (part * J::kCols * 2 + i * 32));
       ptx::keep(k[i]);
     }
+    own = (warp * 2 * kBlocks * kWarp + lane) * 16;
+    ptx::keep(own);
   }
 
   // sum += dS K of 16 keys, `kStep` times 16 keys and `row` after the first.
   template <int kStep>
-  __device__ void multiply(float (&sum)[2][4][4], int row) const {
-    uint32_t a[2][4], b[2][4];
+  __device__ void multiply(Sum& sum, int row) const {
+    uint32_t a[2][4], b[kBlocks / 2][4];
     static_for<2>([&](auto i) {
       ptx::ldmatrix_x4_trans<kStep * 16 * kGroup * 2>(a[i.value], ds[i.value] + row * kGroup * 2);
+    });
+    static_for<kBlocks / 2>([&](auto i) {
       ptx::ldmatrix_x4_trans<kStep * 16 * J::kRow>(b[i.value], k[i.value] + row * J::kRow);
     });
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kBlocks; ++j) {
         attention_mma(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], T{});
       }
     }
   }
 
   // Of the keys of some warps: dS of the others was not written.
-  __device__ void multiply_some(float (&sum)[2][4][4], const Range& warps) const {
+  __device__ void multiply_some(Sum& sum, const Range& warps) const {
 #pragma unroll 1
     for (int row = warps.first * J::kWarpKeys; row < warps.end * J::kWarpKeys;
          row += J::kWarpKeys) {
@@ -133,7 +142,7 @@ struct QuerySums {
   }
 
   // Key by key, where K holds a NaN or Inf that not all queries see.
-  __device__ void multiply_seen(float (&sum)[2][4][4], const AttentionParams& p, int i0, int j0,
+  __device__ void multiply_seen(Sum& sum, const AttentionParams& p, int i0, int j0,
                                 const Range& warps) const {
     const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
     Band band[2][2];
@@ -152,9 +161,9 @@ struct QuerySums {
           const T weight = *reinterpret_cast<const T*>(
               shared_bytes + J::kDs + group * J::kDsGroup + ds_offset(c, 2 * i + half) + g * 2);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
+          for (int j = 0; j < kBlocks; ++j) {
             const uint32_t pair = *reinterpret_cast<const uint32_t*>(
-                shared_bytes + J::kK + row_offset<kD>(c, part * 4 + j) + t * 4);
+                shared_bytes + J::kK + row_offset<J::kD>(c, part * kBlocks + j) + t * 4);
             float(&to)[4] = sum[i][j];
             to[2 * half] = add_weighted(to[2 * half], to_float(weight), low_half(pair, T{}));
             to[2 * half + 1] =
@@ -167,18 +176,18 @@ struct QuerySums {
 
   // Adds the keys of a block to what those before it, if any, left in memory.
   template <bool kFirst>
-  __device__ void add(const AttentionParams& p, const Keys<kD>& keys, const QueryTile& at,
+  __device__ void add(const AttentionParams& p, const Keys<J>& keys, const QueryTile& at,
                       bool whole, bool k_finite, bool last) const {
     const int i0 = at.tile * J::kQueries;
-    float sum[2][4][4] = {};
+    Sum sum = {};
     // 16 bytes a lane, then those of the next fragment.
-    float4* memory = reinterpret_cast<float4*>(p.sums.dq + at.row * kD) +
-                     threadIdx.x / kWarp * 8 * kWarp + threadIdx.x % kWarp;
+    auto memory = reinterpret_cast<float4*>(reinterpret_cast<uint8_t*>(p.sums.dq) +
+                                            at.row * (J::kD * 4) + own);
     if (!kFirst) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 2 * kBlocks; ++i) {
         const float4 before = memory[i * kWarp];
-        float(&to)[4] = sum[i / 4][i % 4];
+        float(&to)[4] = sum[i / kBlocks][i % kBlocks];
         to[0] = before.x, to[1] = before.y, to[2] = before.z, to[3] = before.w;
       }
     }
@@ -194,29 +203,33 @@ struct QuerySums {
     }
     if (last) return store(p, keys.batch, at.head, i0, sum);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float(&of)[4] = sum[i / 4][i % 4];
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      const float(&of)[4] = sum[i / kBlocks][i % kBlocks];
       memory[i * kWarp] = make_float4(of[0], of[1], of[2], of[3]);
     }
   }
 
   __device__ void store(const AttentionParams& p, int batch, int head, int i0,
-                        const float (&sum)[2][4][4]) const {
-    const int col = part * 32 + threadIdx.x % 4 * 8;
-    T* dq = const_cast<T*>(slab<T>(p.dq, batch, head)) + col;
+                        const Sum& sum) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int v = 0; v < kBlocks / 2; ++v) {  // four words of this lane's, of one row or two
         uint32_t w[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          w[j] = pack_pair(sum[i][j][2 * half] * p.scale, sum[i][j][2 * half + 1] * p.scale, T{});
+        for (int x = 0; x < 4; ++x) {
+          const int half = (v * 4 + x) / kBlocks;
+          const float(&of)[4] = sum[i][(v * 4 + x) % kBlocks];
+          w[x] = pack_pair(of[2 * half] * p.scale, of[2 * half + 1] * p.scale, T{});
         }
         transpose_quad(w);
-        const int row = i0 + query(i, half);
+        const int block = v * 4 + threadIdx.x % 4;
+        const int row = i0 + query(i, block / kBlocks);
+        const int col = part * J::kCols + block % kBlocks * 8;
         if (row < p.q_len && col < p.head_dim) {
-          *reinterpret_cast<uint4*>(dq + row * p.dq.row) = make_uint4(w[0], w[1], w[2], w[3]);
+          T* dq = const_cast<T*>(slab<T>(p.dq, batch, head));
+          *reinterpret_cast<uint4*>(dq + row * p.dq.row + col) =
+              make_uint4(w[0], w[1], w[2], w[3]);
         }
       }
     }
@@ -224,135 +237,124 @@ struct QuerySums {
 };
 
 // This warp's part of dK and dV of a group of 32 queries; leaves dS in shared memory.
-template <class T, int kD>
+template <class T, class J>
 struct KeySums {
-  using J = Joint<kD>;
-  float dk[J::kTiles][kD / 8][4] = {}, dv[J::kTiles][kD / 8][4] = {};
+  static constexpr int kTiles = J::kTiles;
+  float dk[kTiles][J::kD / 8][4] = {}, dv[kTiles][J::kD / 8][4] = {};
   float scale_log2;
-  Columns kv, q, q_trans;  // of the keys, and of the queries of the next group
-  int ds, terms;           // bytes; of the first group
+  Columns kv, q;        // of the keys, and of the queries of the next group
+  uint32_t ds, terms;   // bytes; of the first group
 
-  __device__ KeySums(const AttentionParams& p, uint32_t shared, int own, const Lanes<kD>& lanes)
+  __device__ KeySums(const AttentionParams& p, uint32_t shared, int own, const Lanes<J::kD>& lanes)
       : scale_log2(p.scale * kLog2E),
         kv(shared + own * J::kRow, lanes.a),
-        q(shared + J::kQ, lanes.b),
-        q_trans(shared + J::kQ, lanes.b_trans),
+        q(shared + J::kQ, lanes.a),
         ds(J::kDs + ds_offset(own + threadIdx.x % kWarp / 4, threadIdx.x % 4)),
-        terms(J::kTerms + threadIdx.x % 4 * 16) {}
-
-  template <int kSign>
-  __device__ static void add_terms(const float4 (&pairs)[kGroup / 8], float (&dp)[kGroup / 8][4]) {
-#pragma unroll
-    for (int j = 0; j < kGroup / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) dp[j][e] += kSign * (e % 2 == 0 ? pairs[j].y : pairs[j].w);
-    }
+        terms(J::kTerms + threadIdx.x % 4 * 16) {
+    ptx::keep(ds);
+    ptx::keep(terms);
   }
 
-  __device__ void advance(int rows) {
-    q.advance(rows * J::kRow);
-    q_trans.advance(rows * J::kRow);
-  }
+  __device__ void advance(int rows) { q.advance(rows * J::kRow); }
 
   // Queries i0 .. i0 + 31 of a head, `row` rows into the stages. whole: all of them exist and see
   // these keys, but for those that are masked out; plain: no NaN or Inf in them.
-  __device__ void add(const AttentionParams& p, const Keys<kD>& keys, int head, int i0, int row,
+  __device__ void add(const AttentionParams& p, const Keys<J>& keys, int head, int i0, int row,
                       bool whole, bool plain) {
     constexpr int kBlocks = kGroup / 8;
-    const int j0 = keys.j0 + keys.own;
-    float4 pairs[kBlocks];
-#pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      pairs[j] = *reinterpret_cast<const float4*>(shared_bytes + terms + row * 8 + j * 64);
-    }
-    float s[J::kTiles][kBlocks][4] = {}, dp[J::kTiles][kBlocks][4];
-#pragma unroll
-    for (int i = 0; i < J::kTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        dp[i][j][0] = dp[i][j][2] = pairs[j].y;
-        dp[i][j][1] = dp[i][j][3] = pairs[j].w;
-      }
-    }
-    multiply_group<T, kD, 0>(s, kv, q);
-    multiply_group<T, kD, J::kDout - J::kQ>(dp, kv, q);
-    const bool drops = p.dropout.threshold != 0;
-    QueryDrop<kGroup> drop[J::kTiles];
-    if (drops) {
-#pragma unroll
-      for (int i = 0; i < J::kTiles; ++i) {
-        drop[i].draw(p, keys.batch * p.heads + head, i0, j0 + i * kWarpRows);
-        add_terms<-1>(pairs, dp[i]);  // delta is not dropped
-        drop[i].apply(dp[i], p.dropout.scale);
-        add_terms<1>(pairs, dp[i]);
-      }
-    }
-    const int i1 = i0 + kGroup - 1, j1 = j0 + J::kWarpKeys - 1;
+    const int i1 = i0 + kGroup - 1, j0 = keys.j0 + keys.own, j1 = j0 + J::kWarpKeys - 1;
     const bool all = whole || (i1 < p.q_len && band_covers(p, i0, i1, j0, j1));
-    Band bands[J::kTiles][2], band[J::kTiles][2];
-    if (all && keys.all_kept) {
-      differentiate<true, J::kTiles>(pairs, scale_log2, band, s, dp);
-    } else {
+    const bool all_kept = all && (keys.kept & Keys<J>::kAll) != 0;
+    const bool drops = p.dropout.threshold != 0;
+    const uint8_t* own_terms = shared_bytes + terms + row * 8;
+    float s[kTiles][kBlocks][4] = {}, dp[kTiles][kBlocks][4];
+    multiply_group<T, J, 0>(s, kv, q);
+    const Terms lse = Terms::template load<0>(own_terms);
+    each_score<kTiles>([&](int i, int j, int e) {
+      s[i][j][e] = ptx::ex2_approx_ftz_f32(fmaf(s[i][j][e], scale_log2, lse(j, e)));
+    });
+    const Terms delta = Terms::template load<1>(own_terms);
+    each_score<kTiles>([&](int i, int j, int e) { dp[i][j][e] = delta(j, e); });
+    multiply_group<T, J, J::kDout - J::kQ>(dp, kv, q);
+    QueryDrop<kGroup> drop[kTiles];
+    if (drops) {  // delta is not dropped
+      each_score<kTiles>([&](int i, int j, int e) { dp[i][j][e] -= delta(j, e); });
 #pragma unroll
-      for (int i = 0; i < J::kTiles; ++i) {
+      for (int i = 0; i < kTiles; ++i) {
+        drop[i].draw(p, keys.batch * p.heads + head, i0, j0 + i * kWarpRows);
+        drop[i].apply(dp[i], p.dropout.scale);
+      }
+      each_score<kTiles>([&](int i, int j, int e) { dp[i][j][e] += delta(j, e); });
+    }
+    each_score<kTiles>([&](int i, int j, int e) { dp[i][j][e] *= s[i][j][e]; });
+    Band bands[kTiles][2];
+    if (!all_kept) {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          bands[i][half] = queries_of(p, keys.key(i, half), keys.kept[i][half], i0);
-          band[i][half] = bands[i][half].of_lane();
+          const int at = 2 * i + half;
+          bands[i][half] = queries_of(p, keys.key(at), keys.keeps(at), i0);
         }
       }
-      differentiate<false, J::kTiles>(pairs, scale_log2, band, s, dp);
+      each_score<kTiles>([&](int i, int j, int e) {
+        if (!bands[i][e / 2].of_lane().sees(j * 8 + e % 2)) s[i][j][e] = dp[i][j][e] = 0.0f;
+      });
     }
     if (drops) {
 #pragma unroll
-      for (int i = 0; i < J::kTiles; ++i) drop[i].apply(s[i], p.dropout.scale);
+      for (int i = 0; i < kTiles; ++i) drop[i].apply(s[i], p.dropout.scale);
     }
-    Weights<J::kTiles> weights, ds_weights;
-    pack_weights<T, J::kTiles>(weights, s);
-    pack_weights<T, J::kTiles>(ds_weights, dp);
-    const int to = ds + row % J::kQueries * J::kKeys * 2;
-#pragma unroll
-    for (int i = 0; i < J::kTiles; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t(&w)[2][4] = ds_weights[i];
-        *reinterpret_cast<uint4*>(shared_bytes + to + (i * 2 + half) * 8 * kGroup * 2) =
-            make_uint4(w[0][half], w[0][2 + half], w[1][half], w[1][2 + half]);
-      }
-    }
+    Weights<kTiles> weights, ds_weights;
+    pack_weights<T, kTiles>(weights, s);
+    pack_weights<T, kTiles>(ds_weights, dp);
+    store_ds(ds_weights, row % J::kQueries);
     if (all || plain) {
-      accumulate_group<T, kD, J::kDout - J::kQ>(dv, weights, q_trans);
-      accumulate_group<T, kD, 0>(dk, ds_weights, q_trans);
+      accumulate_group<T, J, J::kDout - J::kQ>(dv, weights, q);
+      accumulate_group<T, J, 0>(dk, ds_weights, q);
     } else {
       const uint8_t* rows = shared_bytes + J::kQ + row * J::kRow;
 #pragma unroll
-      for (int i = 0; i < J::kTiles; ++i) {
-        accumulate_seen_pairs<T, kD>(dv[i], weights[i], rows + J::kDout - J::kQ, bands[i]);
-        accumulate_seen_pairs<T, kD>(dk[i], ds_weights[i], rows, bands[i]);
+      for (int i = 0; i < kTiles; ++i) {
+        accumulate_seen_pairs<T, J::kD>(dv[i], weights[i], rows + J::kDout - J::kQ, bands[i]);
+        accumulate_seen_pairs<T, J::kD>(dk[i], ds_weights[i], rows, bands[i]);
       }
     }
   }
 
-  __device__ void store(const AttentionParams& p, const Keys<kD>& keys) {
+  __device__ void store_ds(const Weights<kTiles>& of, int row) const {
+    uint8_t* to = shared_bytes + ds + row * (J::kKeys * 2);
 #pragma unroll
-    for (int i = 0; i < J::kTiles; ++i) {
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t(&w)[2][4] = of[i];
+        *reinterpret_cast<uint4*>(to + (i * 2 + half) * 8 * kGroup * 2) =
+            make_uint4(w[0][half], w[0][2 + half], w[1][half], w[1][2 + half]);
+      }
+    }
+  }
+
+  __device__ void store(const AttentionParams& p, const Keys<J>& keys) {
+    const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
       if (keys.mask(p) != nullptr) {  // a NaN of a query reached the rows of masked-out keys too
 #pragma unroll
-        for (int e = 0; e < kD / 2; ++e) {
-          if (keys.kept[i][e / 2 % 2]) continue;
+        for (int e = 0; e < J::kD / 2; ++e) {
+          if (keys.keeps(2 * i + e / 2 % 2)) continue;
           dk[i][e / 4][e % 4] = dv[i][e / 4][e % 4] = 0.0f;
         }
       }
-      const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
       const int row = keys.own + i * kWarpRows;
       uint8_t* shared = shared_bytes + row * J::kRow;
       if (p.dk.data != nullptr) {
-        store_rows<T, kD>(shared + J::kK, p.dk, keys.batch, keys.kv_head, keys.j0 + row, p.kv_len,
-                          p.head_dim, dk[i], scale_k);
+        store_rows<T, J::kD>(shared + J::kK, p.dk, keys.batch, keys.kv_head, keys.j0 + row,
+                             p.kv_len, p.head_dim, dk[i], scale_k);
       }
       if (p.dv.data != nullptr) {
-        store_rows<T, kD>(shared + J::kV, p.dv, keys.batch, keys.kv_head, keys.j0 + row, p.kv_len,
-                          p.value_dim, dv[i], scale_v);
+        store_rows<T, J::kD>(shared + J::kV, p.dv, keys.batch, keys.kv_head, keys.j0 + row,
+                             p.kv_len, p.value_dim, dv[i], scale_v);
       }
     }
   }
