@@ -368,47 +368,76 @@ struct QueryDrop {
   }
 };
 
-// A warp's 16 rows of accumulators, times `scale`, to rows first .. of a slab, through shared
-// memory that only this warp uses, 16 bytes at a time.
+// A warp's accumulators to rows of a slab, through shared memory that only this warp uses, 16 bytes
+// at a time.
 template <class T, int kD>
-__device__ inline void store_rows(uint8_t* shared, const Rows& to, int batch, int head, int first,
+struct RowStore {
+  static constexpr int kRow = kD * 2, kUnits = kD / 8, kStep = kWarp / kUnits;  // 4 or 2 rows
+  uint8_t* to[8];     // a lane's column of each unit; 8 units on is 128 bytes on
+  uint8_t* from[8 / kStep];
+
+  // row: of the tile at the start of shared memory; the warp's first, a multiple of 16.
+  __device__ explicit RowStore(int row) {
+    const int lane = threadIdx.x % kWarp;
+    const int base = row_offset<kD>(row + lane / 4, 0) + lane % 4 * 4;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) to[j] = shared_bytes + (base ^ (j * 16));
+#pragma unroll
+    for (int i = 0; i < 8 / kStep; ++i) {
+      from[i] = shared_bytes + row_offset<kD>(row + lane / kUnits + i * kStep, lane % kUnits);
+    }
+  }
+
+  // 16 rows, kOffset bytes on.
+  template <int kOffset>
+  __device__ void put(const float (&sum)[kD / 8][4], float scale_low, float scale_high) const {
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float scale = half == 0 ? scale_low : scale_high;
+        *reinterpret_cast<uint32_t*>(to[j % 8] + kOffset + j / 8 * 128 + half * 8 * kRow) =
+            pack_pair(sum[j][2 * half] * scale, sum[j][2 * half + 1] * scale, T{});
+      }
+    }
+  }
+
+  // The kRows rows that were put there to rows first .. of a slab.
+  template <int kOffset, int kRows>
+  __device__ void copy(const Rows& rows, int batch, int head, int first, int count,
+                       int dim) const {
+    const int lane = threadIdx.x % kWarp, unit = lane % kUnits, row = lane / kUnits;
+    if (unit * 8 >= dim) return;
+    T* out = const_cast<T*>(slab<T>(rows, batch, head)) + (first + row) * rows.row + unit * 8;
+    const int64_t step = kStep * rows.row;
+    const auto copy = [&](int i) {
+      // Eight rows on, the swizzle is the same.
+      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(
+          from[i % (8 / kStep)] + kOffset + i / (8 / kStep) * 8 * kRow);
+      out += step;
+    };
+    if (first + kRows <= count) {
+#pragma unroll
+      for (int i = 0; i < kRows / kStep; ++i) copy(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows / kStep; ++i) {
+        if (first + row + i * kStep < count) copy(i);
+      }
+    }
+  }
+};
+
+// A warp's 16 rows of accumulators, times `scale`, to rows first .. of a slab; row: as RowStore
+// has it, kOffset bytes on.
+template <int kOffset, class T, int kD>
+__device__ inline void store_rows(int row, const Rows& to, int batch, int head, int first,
                                   int count, int dim, const float (&sum)[kD / 8][4],
-                                  const float (&scale)[2]) {
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int base = row_offset<kD>(g, 0) + t * 4;
-#pragma unroll
-  for (int j = 0; j < kD / 8; ++j) {
-    uint8_t* column = shared + (base ^ (j * 16));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<uint32_t*>(column + half * 8 * kD * 2) =
-          pack_pair(sum[j][2 * half] * scale[half], sum[j][2 * half + 1] * scale[half], T{});
-    }
-  }
+                                  float scale_low, float scale_high) {
+  const RowStore<T, kD> store(row);
+  store.template put<kOffset>(sum, scale_low, scale_high);
   __syncwarp();
-  constexpr int kUnits = kD / 8, kStep = kWarp / kUnits;  // 4 or 2 rows at a time
-  const int unit = lane % kUnits, row = lane / kUnits;
-  if (unit * 8 >= dim) return;
-  // Eight rows on, the swizzle is the same.
-  int at[8 / kStep];
-#pragma unroll
-  for (int i = 0; i < 8 / kStep; ++i) at[i] = row_offset<kD>(row + i * kStep, unit);
-  T* out = const_cast<T*>(slab<T>(to, batch, head)) + (first + row) * to.row + unit * 8;
-  const int64_t step = kStep * to.row;
-  const auto copy = [&](int i) {
-    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(shared + at[i % (8 / kStep)] +
-                                                                     i / (8 / kStep) * 8 * kD * 2);
-    out += step;
-  };
-  if (first + kWarpRows <= count) {
-#pragma unroll
-    for (int i = 0; i < kWarpRows / kStep; ++i) copy(i);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWarpRows / kStep; ++i) {
-      if (first + row + i * kStep < count) copy(i);
-    }
-  }
+  store.template copy<kOffset, kWarpRows>(to, batch, head, first, count, dim);
 }
 
 }  // namespace llmkern

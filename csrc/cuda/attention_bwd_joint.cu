@@ -53,6 +53,7 @@ struct JointLoader {
     q.from += (p.q.head + rows * p.q.row) * 2;
     dout.from += (p.dout.head + rows * p.dout.row) * 2;
     terms += (p.terms.rows + rows) * 8;
+    ptx::keep(terms);  // a branch that is seldom taken, not arithmetic at each tile
   }
 };
 
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(J::kThreads) attention_bwd_joint_kernel(const 
 #pragma unroll 1
     for (int first = 0; first < kQueries; first += kGroup) {
       if (whole || keys.warps(p, i0 + first).has(threadIdx.x / kWarp)) {
-        sums.add(p, keys, at.head, i0 + first, turn * kQueries + first, whole, plain);
+        sums.add(p, keys, at.head, i0, first, turn * kQueries, whole, plain);
       }
       const bool wraps = turn == 1 && first == kQueries - kGroup;
       sums.advance(wraps ? kGroup - 2 * kQueries : kGroup);
@@ -137,6 +138,7 @@ __global__ void __launch_bounds__(J::kThreads) attention_bwd_joint_kernel(const 
       at.tile = tiles.end - 1;
       at.row += p.terms.rows + rows;
       ++at.head;
+      ptx::keep(at.head);
     }
   }
   ptx::cp_async_wait_group<0>();

@@ -168,15 +168,14 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
   ptx::cp_async_wait_group<0>();
   __syncthreads();
-  const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
-  const int row0 = j0 + warp * kWarpRows;
+  const int row = warp * kWarpRows, first = j0 + row;
   if (p.dk.data != nullptr) {
-    store_rows<T, kD>(shared_bytes + Shared::kK + own, p.dk, batch, kv_head, row0, p.kv_len,
-                      p.head_dim, dk, scale_k);
+    store_rows<Shared::kK, T, kD>(row, p.dk, batch, kv_head, first, p.kv_len, p.head_dim, dk,
+                                  p.scale, p.scale);
   }
   if (p.dv.data != nullptr) {
-    store_rows<T, kD>(shared_bytes + Shared::kV + own, p.dv, batch, kv_head, row0, p.kv_len,
-                      p.value_dim, dv, scale_v);
+    store_rows<Shared::kV, T, kD>(row, p.dv, batch, kv_head, first, p.kv_len, p.value_dim, dv,
+                                  1.0f, 1.0f);
   }
 }
 
@@ -286,9 +285,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
   ptx::cp_async_wait_group<0>();
   __syncthreads();
-  const float scale[2] = {p.scale, p.scale};
-  store_rows<T, kD>(shared_bytes + Shared::kQ + own, p.dq, batch, head, row0, p.q_len, p.head_dim,
-                    dq, scale);
+  store_rows<Shared::kQ, T, kD>(warp * kWarpRows, p.dq, batch, head, row0, p.q_len, p.head_dim, dq,
+                                p.scale, p.scale);
 }
 
 }  // namespace

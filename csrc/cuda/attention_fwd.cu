@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const 
           sum == 0.0f ? -INFINITY : softmax.base[half] * kLn2 + __logf(sum);
     }
   }
-  store_rows<T, kD>(shared_bytes + Shared::kQ + warp * kWarpRows * kD * 2, p.out, batch, head, row0,
-                    p.q_len, p.value_dim, out, scale);
+  store_rows<Shared::kQ, T, kD>(warp * kWarpRows, p.out, batch, head, row0, p.q_len, p.value_dim,
+                                out, scale[0], scale[1]);
 }
 
 }  // namespace

@@ -63,23 +63,6 @@ struct QueryTile {
   int64_t row;
 };
 
-// A quad of lanes holds of a row four blocks of eight columns, lane t columns 2 t and 2 t + 1 of
-// each in w; after it, lane t holds block t.
-__device__ inline void transpose_quad(uint32_t (&w)[4]) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = threadIdx.x & step;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      uint32_t &low = w[i], &high = w[i + step];
-      const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? low : high, step);
-      low = upper ? other : low;
-      high = upper ? high : other;
-    }
-  }
-}
-
 // This warp's 32 queries x kCols columns of dQ.
 template <class T, class J>
 struct QuerySums {
@@ -87,7 +70,7 @@ struct QuerySums {
   using Sum = float[2][kBlocks][4];  // [queries / 16][columns / 8]
   int group, part;
   uint32_t ds[2], k[kBlocks / 2];  // a lane's ldmatrix rows: of 16 queries of dS, 16 columns of K
-  uint32_t own;                    // bytes
+  uint32_t own;                    // bytes, in memory
 
   __device__ QuerySums(uint32_t shared, const Lanes<J::kD>& lanes) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -209,28 +192,42 @@ struct QuerySums {
     }
   }
 
+  // A place in this warp's part of dQ where dS was: rows of kCols, 16 bytes at a time. Both one unit
+  // of eight rows and the units of the rows of a line of 128 bytes lie in distinct bank groups.
+  __device__ int scratch(int row, int unit) const {
+    constexpr int kLine = 8 / kBlocks;  // rows
+    return threadIdx.x / kWarp * (kGroup * J::kCols * 2) + row / kLine * 128 +
+           (row % kLine * kBlocks + (unit ^ (row / kLine % kBlocks))) * 16;
+  }
+
+  // All warps are done with dS when they are here.
   __device__ void store(const AttentionParams& p, int batch, int head, int i0,
                         const Sum& sum) const {
+    static_assert(kGroup * J::kCols * 2 * J::kWarps <= J::kGroups * J::kDsGroup, "scratch fits");
+    const int lane = threadIdx.x % kWarp;
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < kBlocks; ++j) {
+      uint8_t* to = shared_bytes + J::kDs + scratch(lane / 4, j) + lane % 4 * 4;
 #pragma unroll
-      for (int v = 0; v < kBlocks / 2; ++v) {  // four words of this lane's, of one row or two
-        uint32_t w[4];
+      for (int i = 0; i < 4; ++i) {  // rows of 16 i / 2: 8 rows on, the swizzle is the same
+        const float(&of)[4] = sum[i / 2][j];
+        *reinterpret_cast<uint32_t*>(to + i * 8 * J::kCols * 2) =
+            pack_pair(of[i % 2 * 2] * p.scale, of[i % 2 * 2 + 1] * p.scale, T{});
+      }
+    }
+    __syncwarp();
+    constexpr int kRows = kWarp / kBlocks;  // at a time
+    const int unit = lane % kBlocks, col = part * J::kCols + unit * 8;
+    const uint8_t* from = shared_bytes + J::kDs + scratch(lane / kBlocks, unit);
+    T* dq = const_cast<T*>(slab<T>(p.dq, batch, head)) + col;
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const int half = (v * 4 + x) / kBlocks;
-          const float(&of)[4] = sum[i][(v * 4 + x) % kBlocks];
-          w[x] = pack_pair(of[2 * half] * p.scale, of[2 * half + 1] * p.scale, T{});
-        }
-        transpose_quad(w);
-        const int block = v * 4 + threadIdx.x % 4;
-        const int row = i0 + query(i, block / kBlocks);
-        const int col = part * J::kCols + block % kBlocks * 8;
-        if (row < p.q_len && col < p.head_dim) {
-          T* dq = const_cast<T*>(slab<T>(p.dq, batch, head));
-          *reinterpret_cast<uint4*>(dq + row * p.dq.row + col) =
-              make_uint4(w[0], w[1], w[2], w[3]);
-        }
+    for (int i = 0; i < kGroup / kRows; ++i) {
+      const int m = lane / kBlocks + i * kRows;  // 8 u + g, of a unit u and a place in it
+      const int row = i0 + group * kGroup + ds_query(m / 8, m % 8);
+      if (row < p.q_len && col < p.head_dim) {
+        *reinterpret_cast<uint4*>(dq + row * p.dq.row) =
+            *reinterpret_cast<const uint4*>(from + i * kRows * J::kCols * 2);
       }
     }
   }
@@ -257,11 +254,14 @@ struct KeySums {
 
   __device__ void advance(int rows) { q.advance(rows * J::kRow); }
 
-  // Queries i0 .. i0 + 31 of a head, `row` rows into the stages. whole: all of them exist and see
-  // these keys, but for those that are masked out; plain: no NaN or Inf in them.
-  __device__ void add(const AttentionParams& p, const Keys<J>& keys, int head, int i0, int row,
-                      bool whole, bool plain) {
+  // Queries `first` .. + 31 of a tile that starts at `start`, at `stage` rows of the stages. whole:
+  // all of them exist and see these keys, but for those that are masked out; plain: no NaN or Inf
+  // in them.
+  __device__ void add(const AttentionParams& p, const Keys<J>& keys, int head, int start, int first,
+                      uint32_t stage, bool whole, bool plain) {
     constexpr int kBlocks = kGroup / 8;
+    const int i0 = start + first;
+    const uint32_t row = stage + first;
     const int i1 = i0 + kGroup - 1, j0 = keys.j0 + keys.own, j1 = j0 + J::kWarpKeys - 1;
     const bool all = whole || (i1 < p.q_len && band_covers(p, i0, i1, j0, j1));
     const bool all_kept = all && (keys.kept & Keys<J>::kAll) != 0;
@@ -308,7 +308,7 @@ struct KeySums {
     Weights<kTiles> weights, ds_weights;
     pack_weights<T, kTiles>(weights, s);
     pack_weights<T, kTiles>(ds_weights, dp);
-    store_ds(ds_weights, row % J::kQueries);
+    store_ds(ds_weights, first);
     if (all || plain) {
       accumulate_group<T, J, J::kDout - J::kQ>(dv, weights, q);
       accumulate_group<T, J, 0>(dk, ds_weights, q);
@@ -336,27 +336,27 @@ struct KeySums {
   }
 
   __device__ void store(const AttentionParams& p, const Keys<J>& keys) {
-    const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
+    if (keys.mask(p) != nullptr) {  // a NaN of a query reached the rows of masked-out keys too
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if (keys.mask(p) != nullptr) {  // a NaN of a query reached the rows of masked-out keys too
-#pragma unroll
-        for (int e = 0; e < J::kD / 2; ++e) {
-          if (keys.keeps(2 * i + e / 2 % 2)) continue;
-          dk[i][e / 4][e % 4] = dv[i][e / 4][e % 4] = 0.0f;
-        }
-      }
-      const int row = keys.own + i * kWarpRows;
-      uint8_t* shared = shared_bytes + row * J::kRow;
-      if (p.dk.data != nullptr) {
-        store_rows<T, J::kD>(shared + J::kK, p.dk, keys.batch, keys.kv_head, keys.j0 + row,
-                             p.kv_len, p.head_dim, dk[i], scale_k);
-      }
-      if (p.dv.data != nullptr) {
-        store_rows<T, J::kD>(shared + J::kV, p.dv, keys.batch, keys.kv_head, keys.j0 + row,
-                             p.kv_len, p.value_dim, dv[i], scale_v);
+      for (int i = 0; i < kTiles * J::kD / 2; ++i) {
+        const int tile = i / (J::kD / 2), e = i % (J::kD / 2);
+        if (keys.keeps(2 * tile + e / 2 % 2)) continue;
+        dk[tile][e / 4][e % 4] = dv[tile][e / 4][e % 4] = 0.0f;
       }
     }
+    const RowStore<T, J::kD> rows(keys.own);
+    const auto each = [&](auto offset, const Rows& to, int dim,
+                          const float(&sum)[kTiles][J::kD / 8][4], float scale) {
+      if (to.data == nullptr) return;
+      static_for<kTiles>([&](auto i) {
+        rows.template put<offset.value + i.value * kWarpRows * J::kRow>(sum[i.value], scale, scale);
+      });
+      __syncwarp();
+      rows.template copy<offset.value, J::kWarpKeys>(to, keys.batch, keys.kv_head,
+                                                     keys.j0 + keys.own, p.kv_len, dim);
+    };
+    each(std::integral_constant<int, J::kK>{}, p.dk, p.head_dim, dk, p.scale);
+    each(std::integral_constant<int, J::kV>{}, p.dv, p.value_dim, dv, 1.0f);
   }
 };
 
