@@ -91,9 +91,10 @@ struct RowLoader {
     step = stride * 2 * (kDown ? -kStep : kStep);
     ptx::keep(to);
     ptx::keep(bytes);
-    ptx::keep(line);
     ptx::keep(from);
-    if (!kDown) ptx::keep(step);
+    if (kDown) return;  // the others are cheap to make, and registers are short there
+    ptx::keep(line);
+    ptx::keep(step);
   }
 
   // The next tile, all rows of which exist and are kept, to `offset` bytes after the first.
@@ -351,11 +352,14 @@ struct QueryDrop {
     }
   }
 
-  __device__ void apply(float (&v)[kN / 8][4], float scale) const {
+  // v: blocks of eight queries from block kFirst on.
+  template <int kFirst = 0, int kCount>
+  __device__ void apply(float (&v)[kCount][4], float scale) const {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int nb = 0; nb < kN / 8; ++nb) {
-      const uint32_t bits = __shfl_sync(kAllLanes, mine, nb * 4 + lane % 4) >> (lane / 4);
+    for (int nb = 0; nb < kCount; ++nb) {
+      const uint32_t bits =
+          __shfl_sync(kAllLanes, mine, (kFirst + nb) * 4 + lane % 4) >> (lane / 4);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll

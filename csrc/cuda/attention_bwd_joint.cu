@@ -118,8 +118,6 @@ __global__ void __launch_bounds__(J::kThreads) attention_bwd_joint_kernel(const 
       if (whole || keys.warps(p, i0 + first).has(threadIdx.x / kWarp)) {
         sums.add(p, keys, at.head, i0, first, turn * kQueries, whole, plain);
       }
-      const bool wraps = turn == 1 && first == kQueries - kGroup;
-      sums.advance(wraps ? kGroup - 2 * kQueries : kGroup);
     }
     const uint32_t first_block = static_cast<uint32_t>(max(i0 + p.shift - p.left, 0)) / J::kKeys;
     const uint32_t before = keys.block - first_block;

@@ -41,44 +41,38 @@ __device__ inline int ds_offset(int key, int unit) {
 __device__ inline int ds_query(int unit, int at) { return at / 2 * 8 + unit * 2 + at % 2; }
 
 // A lane's ldmatrix rows of a tile of kD columns: at[i] for columns 16 i .. and, 128 bytes on,
-// 16 (i + 4) ..
+// 16 (i + 4) .. Tiles start at multiples of 128 bytes, so all follow from one address; it is the
+// only one that keeps a register over the loop.
 struct Columns {
   uint32_t at[4];
 
-  __device__ Columns(uint32_t tile, uint32_t lane) {
+  __device__ explicit Columns(uint32_t first) {
+    ptx::keep(first);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      at[i] = tile + (lane ^ (i * 32));
-      ptx::keep(at[i]);
-    }
-  }
-  __device__ void advance(uint32_t by) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) at[i] += by;
+    for (int i = 0; i < 4; ++i) at[i] = first ^ (i * 32);
   }
 };
 
 template <int kStep>
 constexpr int kColumnBytes = kStep / 4 * 128;
 
-// s [keys of the warp][32 queries] += a b^T.
-template <class T, class J, int kOffset>
-__device__ inline void multiply_group(float (&s)[J::kTiles][kGroup / 8][4], const Columns& a,
+// s [keys of the warp][kBlocks * 8 queries] += a b^T, kOffset bytes after a and b.
+template <class T, class J, int kOffsetA, int kOffsetB, int kBlocks>
+__device__ inline void multiply_group(float (&s)[J::kTiles][kBlocks][4], const Columns& a,
                                       const Columns& b) {
   static_for<J::kD / 16>([&](auto step) {
     constexpr int kAt = kColumnBytes<step.value>;
-    uint32_t x[J::kTiles][4], y[2][4];
+    uint32_t x[J::kTiles][4], y[kBlocks / 2][4];
     static_for<J::kTiles>([&](auto i) {
-      ptx::ldmatrix_x4<(kOffset == 0 ? J::kK : J::kV) + kAt + i.value * 16 * J::kRow>(
-          x[i.value], a.at[step.value % 4]);
+      ptx::ldmatrix_x4<kOffsetA + kAt + i.value * 16 * J::kRow>(x[i.value], a.at[step.value % 4]);
     });
-    static_for<2>([&](auto j) {
-      ptx::ldmatrix_x4<kOffset + kAt + j.value * 16 * J::kRow>(y[j.value], b.at[step.value % 4]);
+    static_for<kBlocks / 2>([&](auto j) {
+      ptx::ldmatrix_x4<kOffsetB + kAt + j.value * 16 * J::kRow>(y[j.value], b.at[step.value % 4]);
     });
 #pragma unroll
     for (int i = 0; i < J::kTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kBlocks; ++j) {
         attention_mma(s[i][j], x[i], y[j / 2][j % 2], y[j / 2][j % 2 + 2], T{});
       }
     }
@@ -89,14 +83,16 @@ __device__ inline void multiply_group(float (&s)[J::kTiles][kGroup / 8][4], cons
 template <int kTiles>
 using Weights = uint32_t[kTiles][2][4];
 
-template <class T, int kTiles>
-__device__ inline void pack_weights(Weights<kTiles>& w, const float (&s)[kTiles][kGroup / 8][4]) {
+// Those of blocks of eight queries from block kFirst on.
+template <class T, int kFirst, int kTiles, int kBlocks>
+__device__ inline void pack_weights(Weights<kTiles>& w, const float (&s)[kTiles][kBlocks][4]) {
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-    for (int j = 0; j < kGroup / 8; ++j) {
-      w[i][j / 2][j % 2 * 2] = pack_pair(s[i][j][0], s[i][j][1], T{});
-      w[i][j / 2][j % 2 * 2 + 1] = pack_pair(s[i][j][2], s[i][j][3], T{});
+    for (int j = 0; j < kBlocks; ++j) {
+      const int at = kFirst + j;
+      w[i][at / 2][at % 2 * 2] = pack_pair(s[i][j][0], s[i][j][1], T{});
+      w[i][at / 2][at % 2 * 2 + 1] = pack_pair(s[i][j][2], s[i][j][3], T{});
     }
   }
 }
@@ -155,32 +151,30 @@ __device__ inline void accumulate_seen_pairs(float (&sum)[kD / 8][4], const uint
 }
 
 // f(i, j, e) for each element of a lane's scores: those of key tile i and query block j.
-template <int kTiles, class F>
+template <int kTiles, int kBlocks, class F>
 __device__ inline void each_score(F&& f) {
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-    for (int j = 0; j < kGroup / 8; ++j) {
+    for (int j = 0; j < kBlocks; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) f(i, j, e);
     }
   }
 }
 
-// The terms of a lane's queries of one kind: x or y of RowTerms.
+// One of the terms of a lane's queries, x or y of RowTerms, for kBlocks blocks of eight queries.
+template <int kKind, int kBlocks>
 struct Terms {
-  float of[kGroup / 8][2];
+  float of[kBlocks][2];
 
-  template <int kKind>
-  __device__ static Terms load(const uint8_t* shared) {
-    Terms t;
+  __device__ explicit Terms(const uint8_t* shared) {
 #pragma unroll
-    for (int j = 0; j < kGroup / 8; ++j) {
+    for (int j = 0; j < kBlocks; ++j) {
       const float4 pair = *reinterpret_cast<const float4*>(shared + j * 64);
-      t.of[j][0] = kKind == 0 ? pair.x : pair.y;
-      t.of[j][1] = kKind == 0 ? pair.z : pair.w;
+      of[j][0] = kKind == 0 ? pair.x : pair.y;
+      of[j][1] = kKind == 0 ? pair.z : pair.w;
     }
-    return t;
   }
   __device__ float operator()(int j, int e) const { return of[j][e % 2]; }
 };

@@ -69,24 +69,18 @@ struct QuerySums {
   static constexpr int kBlocks = J::kCols / 8;
   using Sum = float[2][kBlocks][4];  // [queries / 16][columns / 8]
   int group, part;
-  uint32_t ds[2], k[kBlocks / 2];  // a lane's ldmatrix rows: of 16 queries of dS, 16 columns of K
-  uint32_t own;                    // bytes, in memory
+  uint32_t ds, k;  // a lane's ldmatrix rows: of 16 queries of dS, 16 columns of K
+  uint32_t own;    // bytes, in memory
 
   __device__ QuerySums(uint32_t shared, const Lanes<J::kD>& lanes) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     group = warp / J::kParts;
     part = warp % J::kParts;
-    const int at = ds_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      ds[i] = shared + J::kDs + group * J::kDsGroup + (at ^ (i * 32));
-      ptx::keep(ds[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kBlocks / 2; ++i) {
-      k[i] = shared + J::kK + (lanes.b_trans ^ (part * J::kCols * 2 + i * 32));
-      ptx::keep(k[i]);
-    }
+    ds = shared + J::kDs + group * J::kDsGroup +
+         ds_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    k = shared + J::kK + (lanes.b_trans ^ (part * J::kCols * 2));
+    ptx::keep(ds);
+    ptx::keep(k);
     own = (warp * 2 * kBlocks * kWarp + lane) * 16;
     ptx::keep(own);
   }
@@ -96,10 +90,12 @@ struct QuerySums {
   __device__ void multiply(Sum& sum, int row) const {
     uint32_t a[2][4], b[kBlocks / 2][4];
     static_for<2>([&](auto i) {
-      ptx::ldmatrix_x4_trans<kStep * 16 * kGroup * 2>(a[i.value], ds[i.value] + row * kGroup * 2);
+      ptx::ldmatrix_x4_trans<kStep * 16 * kGroup * 2>(a[i.value],
+                                                      (ds ^ (i.value * 32)) + row * kGroup * 2);
     });
     static_for<kBlocks / 2>([&](auto i) {
-      ptx::ldmatrix_x4_trans<kStep * 16 * J::kRow>(b[i.value], k[i.value] + row * J::kRow);
+      ptx::ldmatrix_x4_trans<kStep * 16 * J::kRow>(b[i.value],
+                                                   (k ^ (i.value * 32)) + row * J::kRow);
     });
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -239,20 +235,20 @@ struct KeySums {
   static constexpr int kTiles = J::kTiles;
   float dk[kTiles][J::kD / 8][4] = {}, dv[kTiles][J::kD / 8][4] = {};
   float scale_log2;
-  Columns kv, q;        // of the keys, and of the queries of the next group
-  uint32_t ds, terms;   // bytes; of the first group
+  uint32_t kv, q;      // a lane's ldmatrix rows: of the keys, and of the first group of queries
+  uint32_t ds, terms;  // bytes; of the first group
 
   __device__ KeySums(const AttentionParams& p, uint32_t shared, int own, const Lanes<J::kD>& lanes)
       : scale_log2(p.scale * kLog2E),
-        kv(shared + own * J::kRow, lanes.a),
-        q(shared + J::kQ, lanes.a),
+        kv(shared + own * J::kRow + lanes.a),
+        q(shared + J::kQ + lanes.a),
         ds(J::kDs + ds_offset(own + threadIdx.x % kWarp / 4, threadIdx.x % 4)),
         terms(J::kTerms + threadIdx.x % 4 * 16) {
+    ptx::keep(kv);
+    ptx::keep(q);
     ptx::keep(ds);
     ptx::keep(terms);
   }
-
-  __device__ void advance(int rows) { q.advance(rows * J::kRow); }
 
   // Queries `first` .. + 31 of a tile that starts at `start`, at `stage` rows of the stages. whole:
   // all of them exist and see these keys, but for those that are masked out; plain: no NaN or Inf
@@ -260,64 +256,80 @@ struct KeySums {
   __device__ void add(const AttentionParams& p, const Keys<J>& keys, int head, int start, int first,
                       uint32_t stage, bool whole, bool plain) {
     constexpr int kBlocks = kGroup / 8;
+    constexpr int kPart = kTiles == 2 ? kBlocks / 2 : kBlocks;  // registers are short
     const int i0 = start + first;
     const uint32_t row = stage + first;
     const int i1 = i0 + kGroup - 1, j0 = keys.j0 + keys.own, j1 = j0 + J::kWarpKeys - 1;
     const bool all = whole || (i1 < p.q_len && band_covers(p, i0, i1, j0, j1));
-    const bool all_kept = all && (keys.kept & Keys<J>::kAll) != 0;
     const bool drops = p.dropout.threshold != 0;
     const uint8_t* own_terms = shared_bytes + terms + row * 8;
-    float s[kTiles][kBlocks][4] = {}, dp[kTiles][kBlocks][4];
-    multiply_group<T, J, 0>(s, kv, q);
-    const Terms lse = Terms::template load<0>(own_terms);
-    each_score<kTiles>([&](int i, int j, int e) {
-      s[i][j][e] = ptx::ex2_approx_ftz_f32(fmaf(s[i][j][e], scale_log2, lse(j, e)));
-    });
-    const Terms delta = Terms::template load<1>(own_terms);
-    each_score<kTiles>([&](int i, int j, int e) { dp[i][j][e] = delta(j, e); });
-    multiply_group<T, J, J::kDout - J::kQ>(dp, kv, q);
+    const Columns keys_at(kv), queries(q + row * J::kRow);
+    const bool masks = !all || (keys.kept & Keys<J>::kAll) == 0;
+    const auto band = [&](int i) { return queries_of(p, keys.key(i), keys.keeps(i), i0); };
     QueryDrop<kGroup> drop[kTiles];
-    if (drops) {  // delta is not dropped
-      each_score<kTiles>([&](int i, int j, int e) { dp[i][j][e] -= delta(j, e); });
+    if (drops) {
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         drop[i].draw(p, keys.batch * p.heads + head, i0, j0 + i * kWarpRows);
-        drop[i].apply(dp[i], p.dropout.scale);
       }
-      each_score<kTiles>([&](int i, int j, int e) { dp[i][j][e] += delta(j, e); });
     }
-    each_score<kTiles>([&](int i, int j, int e) { dp[i][j][e] *= s[i][j][e]; });
-    Band bands[kTiles][2];
-    if (!all_kept) {
+    float s[kTiles][kBlocks][4] = {};
+    multiply_group<T, J, J::kK, 0>(s, keys_at, queries);
+    const Terms<0, kBlocks> lse(own_terms);
+    each_score<kTiles, kBlocks>([&](int i, int j, int e) {
+      s[i][j][e] = ptx::ex2_approx_ftz_f32(fmaf(s[i][j][e], scale_log2, lse(j, e)));
+    });
+    if (masks) hide_unseen<0>(s, band);
+    Weights<kTiles> weights, ds_weights;
+    static_for<kBlocks / kPart>([&](auto part) {
+      constexpr int kFirst = part.value * kPart;
+      float dp[kTiles][kPart][4];
+      const Terms<1, kPart> delta(own_terms + kFirst * 64);
+      each_score<kTiles, kPart>([&](int i, int j, int e) { dp[i][j][e] = delta(j, e); });
+      multiply_group<T, J, J::kV, J::kDout - J::kQ + kFirst * 8 * J::kRow>(dp, keys_at, queries);
+      if (drops) {  // delta is not dropped
+        each_score<kTiles, kPart>([&](int i, int j, int e) { dp[i][j][e] -= delta(j, e); });
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at = 2 * i + half;
-          bands[i][half] = queries_of(p, keys.key(at), keys.keeps(at), i0);
+        for (int i = 0; i < kTiles; ++i) {
+          drop[i].template apply<kFirst>(dp[i], p.dropout.scale);
         }
+        each_score<kTiles, kPart>([&](int i, int j, int e) { dp[i][j][e] += delta(j, e); });
       }
-      each_score<kTiles>([&](int i, int j, int e) {
-        if (!bands[i][e / 2].of_lane().sees(j * 8 + e % 2)) s[i][j][e] = dp[i][j][e] = 0.0f;
-      });
-    }
+      each_score<kTiles, kPart>(
+          [&](int i, int j, int e) { dp[i][j][e] *= s[i][kFirst + j][e]; });
+      if (masks) hide_unseen<kFirst>(dp, band);
+      pack_weights<T, kFirst>(ds_weights, dp);
+    });
     if (drops) {
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) drop[i].apply(s[i], p.dropout.scale);
     }
-    Weights<kTiles> weights, ds_weights;
-    pack_weights<T, kTiles>(weights, s);
-    pack_weights<T, kTiles>(ds_weights, dp);
+    pack_weights<T, 0>(weights, s);
     store_ds(ds_weights, first);
     if (all || plain) {
-      accumulate_group<T, J, J::kDout - J::kQ>(dv, weights, q);
-      accumulate_group<T, J, 0>(dk, ds_weights, q);
+      accumulate_group<T, J, J::kDout - J::kQ>(dv, weights, queries);
+      accumulate_group<T, J, 0>(dk, ds_weights, queries);
     } else {
       const uint8_t* rows = shared_bytes + J::kQ + row * J::kRow;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        accumulate_seen_pairs<T, J::kD>(dv[i], weights[i], rows + J::kDout - J::kQ, bands[i]);
-        accumulate_seen_pairs<T, J::kD>(dk[i], ds_weights[i], rows, bands[i]);
+        const Band bands[2] = {band(2 * i), band(2 * i + 1)};
+        accumulate_seen_pairs<T, J::kD>(dv[i], weights[i], rows + J::kDout - J::kQ, bands);
+        accumulate_seen_pairs<T, J::kD>(dk[i], ds_weights[i], rows, bands);
+      }
+    }
+  }
+
+  // Of blocks of eight queries from block kFirst on, 0 where a key is hidden. band(i): see Keys::key.
+  template <int kFirst, int kBlocks, class F>
+  __device__ static void hide_unseen(float (&v)[kTiles][kBlocks][4], F&& band) {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const Band own = band(i).of_lane();
+#pragma unroll
+      for (int at = 0; at < 2 * kBlocks; ++at) {
+        const int j = at / 2, e = at % 2;
+        if (!own.sees((kFirst + j) * 8 + e)) v[i / 2][j][i % 2 * 2 + e] = 0.0f;
       }
     }
   }
