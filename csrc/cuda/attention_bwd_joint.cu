@@ -145,6 +145,9 @@ __global__ void __launch_bounds__(J::kThreads) attention_bwd_joint_kernel(const 
   sums.store(p, keys);
 }
 
+static_assert(Joint<64, 4>::kBytes <= 99 * 1024 && Joint<128, 4>::kBytes <= 99 * 1024,
+              "they fit into any card");
+
 template <class T, class J>
 void run(const AttentionShape& s, const AttentionParams& p, const Place& place) {
   const int64_t blocks = s.batch * s.kv_heads * ceil_div(s.kv_len, J::kKeys);
@@ -154,11 +157,16 @@ void run(const AttentionShape& s, const AttentionParams& p, const Place& place) 
 
 }  // namespace
 
+// 128 keys a block, which halves what is read of Q and dO and added to dQ, or 64 where the card has
+// too little shared memory for them (sm_86, sm_89, sm_120).
 void attention_bwd_joint(const AttentionShape& s, const AttentionParams& p, const Place& place) {
   dispatch_attention_type(s, [&](auto t) {
     using T = decltype(t);
     if (tile_dim(s) == 64) return run<T, Joint<64, 4>>(s, p, place);
-    run<T, Joint<128, 8>>(s, p, place);
+    using Large = Joint<128, 8>;
+    most_shared_bytes("attention_bwd_joint", place) >= Large::kBytes
+        ? run<T, Large>(s, p, place)
+        : run<T, Joint<128, 4>>(s, p, place);
   });
 }
 

@@ -26,7 +26,9 @@ struct Joint {
   static constexpr int kQ = 2 * kV, kDout = kQ + 2 * kTile;  // two stages each
   static constexpr int kDs = kDout + 2 * kTile;              // [kGroups][kKeys] rows of 64 bytes
   static constexpr int kDsGroup = kKeys * kGroup * 2;
-  static constexpr int kTerms = kDs + kGroups * kDsGroup;  // float2 a query, two stages
+  // A finished tile of dQ takes the place of dS.
+  static constexpr int kDsBytes = kGroups * kDsGroup > kTile ? kGroups * kDsGroup : kTile;
+  static constexpr int kTerms = kDs + kDsBytes;  // float2 a query, two stages
   static constexpr int kTermsTile = kQueries * 8;
   static constexpr int kTicket = kTerms + 2 * kTermsTile;
   static constexpr int kBytes = kTicket + 16;

@@ -199,7 +199,7 @@ struct QuerySums {
   // All warps are done with dS when they are here.
   __device__ void store(const AttentionParams& p, int batch, int head, int i0,
                         const Sum& sum) const {
-    static_assert(kGroup * J::kCols * 2 * J::kWarps <= J::kGroups * J::kDsGroup, "scratch fits");
+    static_assert(kGroup * J::kCols * 2 * J::kWarps <= J::kDsBytes, "the scratch of all warps");
     const int lane = threadIdx.x % kWarp;
     __syncthreads();
 #pragma unroll

@@ -18,6 +18,14 @@ inline void check(cudaError_t status, const char* name) {
   throw LaunchError(std::string(name) + ": " + cudaGetErrorString(status));
 }
 
+// Bytes of shared memory that a block may have.
+inline size_t most_shared_bytes(const char* name, const Place& place) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, place.device),
+        name);
+  return static_cast<size_t>(bytes);
+}
+
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes,
             const Place& place, const Params& params) {
