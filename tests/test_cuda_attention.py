@@ -88,6 +88,36 @@ def _projected(case, tensors):
         return dict(zip("qkv", torch.autograd.grad(loss, inputs_of(given, case)), strict=True))
 
 
+@pytest.mark.parametrize("where", ["k", "v", "q", "dout"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_backward_keeps_nan_from_those_who_do_not_see_it(where, poison, head_dim):
+    """One row of several tiles, which those before or after it in its own tile do not see."""
+    s, row = 200, 150
+    case = Case(1, 1, s, s, head_dim, causal=True)
+    tensors, dout = make(case, BF16), torch.randn(1, 1, s, head_dim).to(BF16)
+    results = []
+    for value in (None, poison):
+        given = with_grad(tensors, case)
+        to = dout.clone() if where == "dout" else given[where]
+        if value is not None:
+            with torch.no_grad():
+                to[:, :, row] = value
+        with emulator.device("sm_80") as device:
+            out, _ = ours(given, case, backend="cuda")
+            out.backward(to if where == "dout" else dout)
+            assert "attention_bwd_joint" in " ".join(device.kernels())
+        results.append({name: given[name].grad[0, 0] for name in "qkv"})
+    clean, got = results
+    queries = torch.arange(s)
+    tainted = queries >= row if where in "kv" else queries == row
+    assert not bool(torch.isfinite(got["q"][tainted]).all(-1).any())
+    torch.testing.assert_close(got["q"][~tainted], clean["q"][~tainted], atol=2e-2, rtol=2e-2)
+    hidden = slice(s if where in "kv" else row + 1, s)  # keys that no tainted query sees
+    for name in "kv":
+        torch.testing.assert_close(got[name][hidden], clean[name][hidden], atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("case", "wanted"),
     [
