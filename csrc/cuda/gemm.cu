@@ -51,7 +51,7 @@ __device__ inline void round_fragments(uint32_t (&r)[kCount][4], T) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) r[i][e] = ptx::cvt_rna_tf32_f32(__uint_as_float(r[i][e]));
+      for (int e = 0; e < 4; ++e) r[i][e] = ptx::cvt_rna_tf32_f32(r[i][e]);
     }
   }
 }

@@ -67,6 +67,7 @@ struct Loader {
   __device__ Loader(const Operand& o, uint32_t tile, int row0, int parts, int k0) {
     const int line = threadIdx.x / T::kLineUnits, unit = threadIdx.x % T::kLineUnits;
     shared = tile + T::offset(line, unit);
+    ptx::keep(shared);
     unit_bytes = kUnit;
     own_k = kOuter ? line : unit * (kUnit / kSize);
     nothing = ptx::global_address(o.data[0]);
@@ -93,7 +94,10 @@ struct Loader {
 
   __device__ void advance(int tiles) {
 #pragma unroll
-    for (int i = 0; i < T::kLoads; ++i) from[i] += tiles * line_step;
+    for (int i = 0; i < T::kLoads; ++i) {
+      from[i] += tiles * line_step;
+      ptx::keep(from[i]);  // not a base and a common distance, added up at each use
+    }
   }
 
   // The tile that is kAhead after the one that `from` held when the last round ended, which k has
@@ -101,8 +105,12 @@ struct Loader {
   template <int kAhead, int kOffset>
   __device__ void load_ahead() {
     static_for<T::kLoads>([&](auto i) {
-      ptx::cp_async_cg_16<kOffset + i.value * kStep, kOuter ? 0 : kAhead * kLineBytes>(
-          shared, from[i.value], kOuter ? unit_bytes : kUnit);
+      constexpr int kTo = kOffset + i.value * kStep;
+      if constexpr (kOuter) {
+        ptx::cp_async_cg_16<kTo>(shared, from[i.value], unit_bytes);
+      } else {
+        ptx::cp_async_cg_16<kTo, kAhead * kLineBytes>(shared, from[i.value]);
+      }
     });
     if (kOuter) advance(1);  // a distance that the instruction cannot hold
   }

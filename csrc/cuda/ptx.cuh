@@ -27,6 +27,14 @@ __device__ inline void cp_async_cg_16(uint32_t shared, uint64_t global, uint32_t
                : "memory");
 }
 
+// All 16 bytes.
+template <int kSharedOffset = 0, int kGlobalOffset = 0>
+__device__ inline void cp_async_cg_16(uint32_t shared, uint64_t global) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(shared), "l"(global),
+               "n"(kSharedOffset), "n"(kGlobalOffset)
+               : "memory");
+}
+
 __device__ inline void cp_async_commit_group() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -86,10 +94,11 @@ __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], u
         "f"(d[2]), "f"(d[3]));
 }
 
-// To nearest, ties away from zero: 10 bits of mantissa stay.
-__device__ inline uint32_t cvt_rna_tf32_f32(float x) {
+// To nearest, ties away from zero: 10 bits of mantissa stay. From and to a float's bits, as ldmatrix
+// gives and mma takes them: a register of bits holds any type, without a move.
+__device__ inline uint32_t cvt_rna_tf32_f32(uint32_t bits) {
   uint32_t value;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(value) : "f"(x));
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(value) : "r"(bits));
   return value;
 }
 
