@@ -67,8 +67,8 @@ def test_norm_spends_few_instructions_and_bytes(device, rows, cols, forward, bac
         assert counters.global_bytes <= ratio * tensors * 2 * rows * cols
 
 
-# Warp instructions a mma; best of other kernels seen: 2.80 with tiles of 128, 3.85 with 64 x 128, 6.4
-# with small ones, 4.3 with k in parts.
+# Warp instructions a mma; best of other kernels seen: 2.80 with tiles of 128, 3.85 with 64 x 128,
+# 6.4 with small ones, 4.3 with k in parts.
 @pytest.mark.parametrize(
     ("m", "n", "k", "limit"),
     [(1280, 1280, 512, 2.11), (512, 512, 512, 3.7), (256, 768, 3072, 3.12)],
@@ -131,8 +131,8 @@ def test_attention_spends_few_instructions_a_product(device, head_dim, causal, l
     assert counters.warp_instructions <= limit * least
 
 
-# The same of backward, with global bytes over those of all inputs and outputs; best of others 8.52 /
-# 6.03 causal with 1.25 of the least mma, 5.13 / 3.76 full.
+# The same of backward, with global bytes over those of all inputs and outputs; best of others
+# 8.52 / 6.03 causal with 1.25 of the least mma, 5.13 / 3.76 full.
 @pytest.mark.parametrize(
     ("head_dim", "causal", "limit", "ratio"),
     [(64, True, 5.7, 2.4), (128, True, 5.5, 2.4), (64, False, 3.9, 3.5), (128, False, 3.7, 3.5)],
@@ -142,8 +142,7 @@ def test_attention_backward_spends_few_instructions_a_product(
 ):
     h, s = 2, 512
     q, k, v = (torch.randn(1, h, s, head_dim).to(BF16) for _ in range(3))
-    _run(lambda q, k, v, **o: functional.scaled_dot_product_attention(q, k, v, is_causal=causal, **o),
-         q, k, v)  # fmt: skip
+    _run(functional.scaled_dot_product_attention, q, k, v, is_causal=causal)
     pairs = s * (s + 1) // 2 if causal else s * s
     least = 5 * h * pairs * head_dim / MMA_PRODUCTS
     counters = _counters(device, "attention_bwd", "attention_delta")

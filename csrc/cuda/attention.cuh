@@ -377,7 +377,7 @@ struct QueryDrop {
 template <class T, int kD>
 struct RowStore {
   static constexpr int kRow = kD * 2, kUnits = kD / 8, kStep = kWarp / kUnits;  // 4 or 2 rows
-  uint8_t* to[8];     // a lane's column of each unit; 8 units on is 128 bytes on
+  uint8_t* to[8];  // a lane's column of each unit; 8 units on is 128 bytes on
   uint8_t* from[8 / kStep];
 
   // row: of the tile at the start of shared memory; the warp's first, a multiple of 16.
@@ -408,8 +408,7 @@ struct RowStore {
 
   // The kRows rows that were put there to rows first .. of a slab.
   template <int kOffset, int kRows>
-  __device__ void copy(const Rows& rows, int batch, int head, int first, int count,
-                       int dim) const {
+  __device__ void copy(const Rows& rows, int batch, int head, int first, int count, int dim) const {
     const int lane = threadIdx.x % kWarp, unit = lane % kUnits, row = lane / kUnits;
     if (unit * 8 >= dim) return;
     T* out = const_cast<T*>(slab<T>(rows, batch, head)) + (first + row) * rows.row + unit * 8;

@@ -13,7 +13,8 @@ constexpr int kDeltaRows = kWarpDeltas * kAttentionThreads / kWarp;
 static_assert(kBlockRows % kDeltaRows == 0, "terms are written up to whole blocks");
 static_assert(kDeltaRows % kLockRows == 0, "a lock has one writer");
 
-// Of four rows' parts in a lane, the sum over eight lanes of one: of row lane / 2 % 2 + lane % 2 * 2.
+// Of four rows' parts in a lane, the sum over eight lanes of one: of row lane / 2 % 2 + lane % 2
+// * 2.
 __device__ inline float sum_rows(const float (&part)[kLaneRows]) {
   const bool odd = threadIdx.x & 1, second = threadIdx.x & 2;
   float pair[2];
@@ -32,8 +33,8 @@ template <class T>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_delta_kernel(const AttentionParams p) {
   const int batch = blockIdx.z, head = blockIdx.y, lane = threadIdx.x % 8;
-  const int row0 = blockIdx.x * kDeltaRows + threadIdx.x / kWarp * kWarpDeltas +
-                   threadIdx.x % kWarp / 8;
+  const int row0 =
+      blockIdx.x * kDeltaRows + threadIdx.x / kWarp * kWarpDeltas + threadIdx.x % kWarp / 8;
   const T* out = slab<T>(p.out, batch, head);
   const T* dout = slab<T>(p.dout, batch, head);
   float part[kLaneRows] = {};
@@ -75,9 +76,7 @@ bool is_joint(const AttentionShape& s, bool dq, bool dk, bool dv) {
   return dq && (dk || dv) && all_see_one && most_blocks <= INT32_MAX;
 }
 
-int64_t padded_rows(const AttentionShape& s) {
-  return ceil_div(s.q_len, kBlockRows) * kBlockRows;
-}
+int64_t padded_rows(const AttentionShape& s) { return ceil_div(s.q_len, kBlockRows) * kBlockRows; }
 
 AttentionParams bwd_params(const AttentionBwdArgs& a) {
   AttentionParams p = attention_params(a.shape, a.in);

@@ -25,10 +25,9 @@ struct JointLoader {
 
   // at: the first tile.
   __device__ JointLoader(const AttentionParams& p, int batch, const QueryTile& at, uint32_t shared)
-      : q(shared + J::kQ, slab<T>(p.q, batch, at.head), p.q.row, at.tile * J::kQueries,
-          p.head_dim),
-        dout(shared + J::kDout, slab<T>(p.dout, batch, at.head), p.dout.row,
-             at.tile * J::kQueries, p.value_dim),
+      : q(shared + J::kQ, slab<T>(p.q, batch, at.head), p.q.row, at.tile * J::kQueries, p.head_dim),
+        dout(shared + J::kDout, slab<T>(p.dout, batch, at.head), p.dout.row, at.tile * J::kQueries,
+             p.value_dim),
         terms(ptx::global_address(p.terms.data + at.row) + threadIdx.x * 16),
         terms_to(shared + J::kTerms + threadIdx.x * 16) {}
 

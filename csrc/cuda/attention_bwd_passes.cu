@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
                                   p.scale, p.scale);
   }
   if (p.dv.data != nullptr) {
-    store_rows<Shared::kV, T, kD>(row, p.dv, batch, kv_head, first, p.kv_len, p.value_dim, dv,
-                                  1.0f, 1.0f);
+    store_rows<Shared::kV, T, kD>(row, p.dv, batch, kv_head, first, p.kv_len, p.value_dim, dv, 1.0f,
+                                  1.0f);
   }
 }
 
@@ -207,8 +207,7 @@ __device__ inline void differentiate_keys(const AttentionParams& p, int batch, i
       for (int e = 0; e < 2; ++e) {
         const bool sees = kAll || (band.sees(j * 8 + e) && (kept >> (j * 8 + e) & 1));
         float& d = dp[j][2 * half + e];
-        const float prob =
-            ptx::ex2_approx_ftz_f32(fmaf(s[j][2 * half + e], scale_log2, lse[half]));
+        const float prob = ptx::ex2_approx_ftz_f32(fmaf(s[j][2 * half + e], scale_log2, lse[half]));
         d = sees ? prob * (d + delta[half]) : 0.0f;
       }
     }

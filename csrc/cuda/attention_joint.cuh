@@ -27,7 +27,7 @@ struct Joint {
   static constexpr int kDs = kDout + 2 * kTile;              // [kGroups][kKeys] rows of 64 bytes
   static constexpr int kDsGroup = kKeys * kGroup * 2;
   // A finished tile of dQ takes the place of dS.
-  static constexpr int kDsBytes = kGroups * kDsGroup > kTile ? kGroups * kDsGroup : kTile;
+  static constexpr int kDsBytes = kGroups * kDsGroup > kTile ? kGroups* kDsGroup : kTile;
   static constexpr int kTerms = kDs + kDsBytes;  // float2 a query, two stages
   static constexpr int kTermsTile = kQueries * 8;
   static constexpr int kTicket = kTerms + 2 * kTermsTile;
@@ -133,8 +133,7 @@ __device__ inline void accumulate_seen_pairs(float (&sum)[kD / 8][4], const uint
     float weight[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t pair =
-          __shfl_sync(kAllLanes, words[half][c / 8], lane / 4 * 4 + c % 8 / 2);
+      const uint32_t pair = __shfl_sync(kAllLanes, words[half][c / 8], lane / 4 * 4 + c % 8 / 2);
       weight[half] = c % 2 == 0 ? low_half(pair, T{}) : high_half(pair, T{});
     }
 #pragma unroll

@@ -76,8 +76,7 @@ struct QuerySums {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     group = warp / J::kParts;
     part = warp % J::kParts;
-    ds = shared + J::kDs + group * J::kDsGroup +
-         ds_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    ds = shared + J::kDs + group * J::kDsGroup + ds_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
     k = shared + J::kK + (lanes.b_trans ^ (part * J::kCols * 2));
     ptx::keep(ds);
     ptx::keep(k);
@@ -137,8 +136,8 @@ struct QuerySums {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (!band[i][half].sees(c)) continue;
-          const T weight = *reinterpret_cast<const T*>(
-              shared_bytes + J::kDs + group * J::kDsGroup + ds_offset(c, 2 * i + half) + g * 2);
+          const T weight = *reinterpret_cast<const T*>(shared_bytes + J::kDs + group * J::kDsGroup +
+                                                       ds_offset(c, 2 * i + half) + g * 2);
 #pragma unroll
           for (int j = 0; j < kBlocks; ++j) {
             const uint32_t pair = *reinterpret_cast<const uint32_t*>(
@@ -188,8 +187,9 @@ struct QuerySums {
     }
   }
 
-  // A place in this warp's part of dQ where dS was: rows of kCols, 16 bytes at a time. Both one unit
-  // of eight rows and the units of the rows of a line of 128 bytes lie in distinct bank groups.
+  // A place in this warp's part of dQ where dS was: rows of kCols, 16 bytes at a time. Both one
+  // unit of eight rows and the units of the rows of a line of 128 bytes lie in distinct bank
+  // groups.
   __device__ int scratch(int row, int unit) const {
     constexpr int kLine = 8 / kBlocks;  // rows
     return threadIdx.x / kWarp * (kGroup * J::kCols * 2) + row / kLine * 128 +
@@ -295,8 +295,7 @@ struct KeySums {
         }
         each_score<kTiles, kPart>([&](int i, int j, int e) { dp[i][j][e] += delta(j, e); });
       }
-      each_score<kTiles, kPart>(
-          [&](int i, int j, int e) { dp[i][j][e] *= s[i][kFirst + j][e]; });
+      each_score<kTiles, kPart>([&](int i, int j, int e) { dp[i][j][e] *= s[i][kFirst + j][e]; });
       if (masks) hide_unseen<kFirst>(dp, band);
       pack_weights<T, kFirst>(ds_weights, dp);
     });
@@ -320,7 +319,8 @@ struct KeySums {
     }
   }
 
-  // Of blocks of eight queries from block kFirst on, 0 where a key is hidden. band(i): see Keys::key.
+  // Of blocks of eight queries from block kFirst on, 0 where a key is hidden. band(i): see
+  // Keys::key.
   template <int kFirst, int kBlocks, class F>
   __device__ static void hide_unseen(float (&v)[kTiles][kBlocks][4], F&& band) {
 #pragma unroll

@@ -94,8 +94,8 @@ __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], u
         "f"(d[2]), "f"(d[3]));
 }
 
-// To nearest, ties away from zero: 10 bits of mantissa stay. From and to a float's bits, as ldmatrix
-// gives and mma takes them: a register of bits holds any type, without a move.
+// To nearest, ties away from zero: 10 bits of mantissa stay. From and to a float's bits, as
+// ldmatrix gives and mma takes them: a register of bits holds any type, without a move.
 __device__ inline uint32_t cvt_rna_tf32_f32(uint32_t bits) {
   uint32_t value;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(value) : "r"(bits));
