@@ -63,9 +63,11 @@ __device__ inline uint32_t take_ticket(const AttentionParams& p, uint8_t* shared
   return *ticket;
 }
 
-template <class T, class J>
-__global__ void __launch_bounds__(J::kThreads) attention_bwd_joint_kernel(const AttentionParams p) {
-  constexpr int kQueries = J::kQueries, kD = J::kD;
+template <class T, int kD, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    attention_bwd_joint_kernel(const AttentionParams p) {
+  using J = Joint<kD, kWarps>;
+  constexpr int kQueries = J::kQueries;
   const uint32_t shared = shared_address(shared_bytes);
   const Keys<J> keys(p, take_ticket(p, shared_bytes + J::kTicket));
   const int batch = keys.batch, j0 = keys.j0, first_head = keys.kv_head * p.group;
@@ -144,13 +146,17 @@ __global__ void __launch_bounds__(J::kThreads) attention_bwd_joint_kernel(const 
   sums.store(p, keys);
 }
 
-static_assert(Joint<64, 4>::kBytes <= 99 * 1024 && Joint<128, 4>::kBytes <= 99 * 1024,
+constexpr size_t kLeastShared = 99 * 1024;                     // of a block on any card
+constexpr size_t kLargeShared = 164 * 1024, kReserved = 1024;  // of sm_80; of it, for each block
+static_assert(Joint<64, 4>::kBytes <= kLeastShared && Joint<128, 4>::kBytes <= kLeastShared,
               "they fit into any card");
+static_assert(2 * (Joint<64, 4>::kBytes + kReserved) <= kLargeShared, "two fit side by side");
 
-template <class T, class J>
+template <class T, int kD, int kWarps>
 void run(const AttentionShape& s, const AttentionParams& p, const Place& place) {
+  using J = Joint<kD, kWarps>;
   const int64_t blocks = s.batch * s.kv_heads * ceil_div(s.kv_len, J::kKeys);
-  launch("attention_bwd_joint", attention_bwd_joint_kernel<T, J>,
+  launch("attention_bwd_joint", attention_bwd_joint_kernel<T, kD, kWarps>,
          dim3(static_cast<unsigned>(blocks)), J::kThreads, J::kBytes, place, p);
 }
 
@@ -161,11 +167,10 @@ void run(const AttentionShape& s, const AttentionParams& p, const Place& place) 
 void attention_bwd_joint(const AttentionShape& s, const AttentionParams& p, const Place& place) {
   dispatch_attention_type(s, [&](auto t) {
     using T = decltype(t);
-    if (tile_dim(s) == 64) return run<T, Joint<64, 4>>(s, p, place);
-    using Large = Joint<128, 8>;
-    most_shared_bytes("attention_bwd_joint", place) >= Large::kBytes
-        ? run<T, Large>(s, p, place)
-        : run<T, Joint<128, 4>>(s, p, place);
+    if (tile_dim(s) == 64) return run<T, 64, 4>(s, p, place);
+    most_shared_bytes("attention_bwd_joint", place) >= Joint<128, 8>::kBytes
+        ? run<T, 128, 8>(s, p, place)
+        : run<T, 128, 4>(s, p, place);
   });
 }
 

@@ -30,8 +30,8 @@ struct Joint {
   static constexpr int kDsBytes = kGroups * kDsGroup > kTile ? kGroups* kDsGroup : kTile;
   static constexpr int kTerms = kDs + kDsBytes;  // float2 a query, two stages
   static constexpr int kTermsTile = kQueries * 8;
-  static constexpr int kTicket = kTerms + 2 * kTermsTile;
-  static constexpr int kBytes = kTicket + 16;
+  static constexpr int kTicket = kDs;  // read before dS is written
+  static constexpr int kBytes = kTerms + 2 * kTermsTile;
 };
 
 // Where unit u of row `key` of dS stands: two rows share a line of 128 bytes, so that both the four

@@ -38,8 +38,9 @@ class Form(NamedTuple):
     launch: Launch
 
 
-def forms() -> Iterator[Form]:
-    """Each kernel once for each number of threads and amount of shared memory.
+def forms(capability: int) -> Iterator[Form]:
+    """Each kernel that such a card runs, once for each number of threads and amount of shared
+    memory.
 
     Raises:
         BackendError: the CUDA kernels or the emulator were not built.
@@ -49,7 +50,7 @@ def forms() -> Iterator[Form]:
         raise BackendError(f"kernels: {status}")
     seen = set()
     for op, words, call in _calls():
-        for launch in _launches(call):
+        for launch in _launches(call, capability):
             key = (launch.kernel, launch.block, launch.shared_bytes)
             if key not in seen:
                 seen.add(key)
@@ -61,10 +62,10 @@ def _status() -> str | None:
         return dispatch.status("cuda").detail if not dispatch.status("cuda").available else None
 
 
-def _launches(call: Callable[[], torch.Tensor]) -> list[Launch]:
+def _launches(call: Callable[[], torch.Tensor], capability: int) -> list[Launch]:
     """What a call and its backward launch."""
     found: list[Launch] = []
-    with emulator.device("sm_80") as dev, dispatch.use_backend("cuda"):
+    with emulator.device(f"sm_{capability}") as dev, dispatch.use_backend("cuda"):
         dev.instead = found.append
         out = call()
         if out.requires_grad:
@@ -83,6 +84,8 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], torch.Tensor]]]:
         if dtype != torch.float32:
             for dim in (64, 128):
                 yield "attention", f"D{dim} causal", functools.partial(_attention, dtype, dim)
+                some = functools.partial(_attention, dtype, dim, keys=_ROWS // 2)
+                yield "attention", f"D{dim} causal, queries without keys", some
         for shape in PRODUCTS:
             words = "x".join(map(str, shape))
             yield "linear", f"{words} gelu", functools.partial(_linear, dtype, shape, False)
@@ -106,9 +109,12 @@ def _add_norm(dtype: torch.dtype, cols: int) -> torch.Tensor:
     return functional.add_rms_norm(x, residual, (cols,), dropout_p=0.1)[0]
 
 
-def _attention(dtype: torch.dtype, dim: int) -> torch.Tensor:
-    q = _leaf(1, 2, _ROWS, dim, dtype=dtype)
-    return functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+def _attention(dtype: torch.dtype, dim: int, keys: int = _ROWS) -> torch.Tensor:
+    """The last query sees the last key; where there are fewer keys, the first queries see none."""
+    q, k = _leaf(1, 2, _ROWS, dim, dtype=dtype), _leaf(1, 2, keys, dim, dtype=dtype)
+    return functional.scaled_dot_product_attention(
+        q, k, k, is_causal=True, causal_align="bottom_right"
+    )
 
 
 def _linear(dtype: torch.dtype, shape: tuple[int, int, int], gated: bool) -> torch.Tensor:

@@ -99,7 +99,7 @@ def _of_triton(capability: int, words: str | None) -> Iterator[compiled.Compiled
 
 
 def _of_cuda(capability: int, words: str | None) -> Iterator[compiled.Compiled]:
-    for form in compiled_cuda.forms():
+    for form in compiled_cuda.forms(capability):
         if _selected(f"{form.op} {form.name}", words):
             yield compiled_cuda.inspect(form, capability)
 
