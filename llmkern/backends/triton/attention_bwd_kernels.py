@@ -136,13 +136,14 @@ def key_tiles(kt, vt, q, do, terms, at, i0, i, j, slab, j0, offsets, size, side,
     """(weights, ds, visible), all [BLOCK_N, BLOCK_M], and the rows of q and do of block i0."""
     q_len = size[0]
     keys, threshold, drop_scale = drop
+    bounded: tl.constexpr = EDGE and FORM.tail_edge
     q_base, q_stride = q
     do_base, do_stride = do
-    qt = load_rows(q_base, i0, q_stride, q_len, BLOCK_M, FORM.head_dim, FORM.block_d, EDGE)
-    minus_level, minus_delta = load_terms(terms, at, i, q_len, EDGE)
+    qt = load_rows(q_base, i0, q_stride, q_len, BLOCK_M, FORM.head_dim, FORM.block_d, bounded)
+    minus_level, minus_delta = load_terms(terms, at, i, q_len, bounded)
     minus_level, minus_delta = minus_level[None, :], minus_delta[None, :]
     qk = tl.dot(kt, tl.trans(qt), input_precision=FORM.precision)
-    dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim, FORM.block_dv, EDGE)
+    dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim, FORM.block_dv, bounded)
     dp = pulled_product(vt, tl.trans(dot), minus_delta, FORM)
     keep = False
     if FORM.dropout:

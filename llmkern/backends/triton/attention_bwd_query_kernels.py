@@ -37,10 +37,11 @@ def query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side, rule, drop
     minus_level, minus_delta = row
     minus_level, minus_delta = minus_level[:, None], minus_delta[:, None]
     keys, threshold, drop_scale = drop
+    bounded: tl.constexpr = EDGE and FORM.tail_edge
     k_base, k_stride = k
     v_base, v_stride = v
-    kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, EDGE)
-    vt = load_rows(v_base, j0, v_stride, kv_len, BLOCK_N, FORM.value_dim, FORM.block_dv, EDGE)
+    kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, bounded)
+    vt = load_rows(v_base, j0, v_stride, kv_len, BLOCK_N, FORM.value_dim, FORM.block_dv, bounded)
     qk = tl.dot(qt, tl.trans(kt), input_precision=FORM.precision)
     dp = pulled_product(dot, tl.trans(vt), minus_delta, FORM)
     keep = False

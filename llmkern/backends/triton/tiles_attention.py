@@ -20,6 +20,7 @@ class Form(NamedTuple):
     right_edge: bool  # blocks at the right need a mask: right, or a last block that is not full
     tail_edge: bool  # the same of the last blocks of queries that a block of keys meets
     masked: bool  # bias, mask or key_mask: any pair may be hidden
+    sees_first: bool  # every query's window begins at key 0 and holds it
     hides: bool  # some pair of existing query and key may be hidden
     bias: bool
     mask: bool
@@ -100,6 +101,7 @@ def form(spec: AttentionSpec, precision: str) -> Form:
         right_edge=right or spec.kv_len % LARGEST_BLOCK != 0,
         tail_edge=left or spec.q_len % LARGEST_BLOCK != 0 or spec.kv_len % LARGEST_BLOCK != 0,
         masked=masked,
+        sees_first=not left and spec.shift + spec.right >= 0 and spec.kv_len > 0,
         hides=left or right or masked,
         bias=spec.bias,
         mask=spec.mask,
@@ -256,7 +258,7 @@ def pick_fused(spec: AttentionSpec, shape: Form, capability: int) -> Fused | Non
     query does not see key 0, whose block begins each sum; and where what a call has beside the
     scores leaves the third sum no registers."""
     beside = shape.softcap or shape.slopes or shape.dropout or shape.bias or shape.mask
-    if beside or shape.left or spec.shift + spec.right < 0 or shape.block_d != shape.block_dv:
+    if beside or not shape.sees_first or shape.block_d != shape.block_dv:
         return None
     tile = _FUSED.get((architecture(capability), spec.dtype.itemsize), {}).get(shape.block_d)
     return None if tile is None else Fused(tile, _WARP_ROWS[shape.block_d])
