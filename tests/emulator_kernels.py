@@ -273,6 +273,27 @@ def overlapping():
     return 1.0
 
 
+@triton.jit
+def tickets_kernel(
+    total_ptr, given_ptr, turn_ptr, ORDER: tl.constexpr, BARRIER: tl.constexpr, BLOCK: tl.constexpr
+):
+    ticket = tl.atomic_add(given_ptr, 1, sem="relaxed")
+    while tl.atomic_add(turn_ptr, 0, sem=ORDER) != ticket:
+        pass
+    offsets = tl.arange(0, BLOCK)
+    total = tl.load(total_ptr + offsets)
+    tl.store(total_ptr + offsets, total * 3 + ticket)
+    if BARRIER:  # Triton puts none of its own between a store and a release
+        tl.debug_barrier()
+    tl.atomic_add(turn_ptr, 1, sem="release")
+
+
+def tickets(order="acquire", barrier=True):
+    total, given, turn = (torch.zeros(n, dtype=torch.int32) for n in (512, 1, 1))
+    tickets_kernel[(4,)](total, given, turn, order, barrier, BLOCK=512)
+    return (total - 18).abs().max().item()  # ((0 * 3 + 1) * 3 + 2) * 3 + 3
+
+
 CASES = {
     "add": add,
     "norm f32": lambda: norm(torch.float32),
@@ -291,6 +312,7 @@ CASES = {
     "attention f16 odd": lambda: attention(torch.float16, 77),
     "attention f32": lambda: attention(torch.float32, 64),
     "lock": locked,
+    "tickets": tickets,
     "histogram": histogram,
     "sort, scan and argmax": order,
     "random": uniform,
@@ -300,7 +322,11 @@ CASES = {
     "bug: unmasked load": lambda: add(mask=False),
     "bug: shifted store": lambda: add(shift=1),
     "bug: overlapping tiles": overlapping,
+    "bug: relaxed wait": lambda: tickets(order="relaxed"),
+    "bug: no barrier before release": lambda: tickets(barrier=False),
 }
+
+REPEATED = ("norm bf16", "attention bf16", "matmul bf16 odd", "tickets")
 
 
 def run(name: str, architecture: str, **options) -> dict:
@@ -331,7 +357,7 @@ def main() -> None:
         if name == "fp8 e4m3":
             continue
         print(json.dumps(run(name, "sm_80", threads=1)), flush=True)
-    for name in ("norm bf16", "attention bf16", "matmul bf16 odd", "bug: shifted store"):
+    for name in (*REPEATED, "bug: shifted store"):
         print(json.dumps(run(name, "sm_80", threads=2, seed=9)), flush=True)
     for architecture in ("sm_86", "sm_89", "sm_90", "sm_120"):
         print(json.dumps(run("norm bf16", architecture, threads=1)), flush=True)

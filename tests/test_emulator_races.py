@@ -170,6 +170,7 @@ LAST_BLOCK_SUMS = (
   {fence}
   @!%p1 bra DONE;
   atom.{order}global.inc.u32 %r4, [%d41], 1000;
+  {after}
   add.s32 %r5, %r2, -1;
   setp.ne.u32 %p2, %r4, %r5;
   @%p2 bra DONE;
@@ -282,17 +283,17 @@ def test_atomics_and_plain_accesses():
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_last_block_may_read_what_was_fenced(seed):
-    for fence, order in (
-        ("membar.gl;", ""),
-        ("fence.acq_rel.gpu;", "relaxed.gpu."),
-        ("", "acq_rel.gpu."),
+    for fence, order, after in (
+        ("membar.gl;", "", ""),
+        ("fence.acq_rel.gpu;", "relaxed.gpu.", "fence.acq_rel.gpu;"),
+        ("", "acq_rel.gpu.", ""),
     ):
         total = words(1)
-        body = LAST_BLOCK_SUMS.format(fence=fence, order=order)
+        body = LAST_BLOCK_SUMS.format(fence=fence, order=order, after=after)
         launch(kernel(body, 3), words(8), words(1), total, grid=8, seed=seed)
         assert total.item() == sum(100 + i for i in range(8))
-    for fence in ("", "membar.cta;"):
-        body = LAST_BLOCK_SUMS.format(fence=fence, order="")
+    for fence, order in (("", ""), ("membar.cta;", ""), ("membar.gl;", "relaxed.gpu.")):
+        body = LAST_BLOCK_SUMS.format(fence=fence, order=order, after="")
         error = global_race(body, words(8), words(1), words(1), grid=8, seed=seed)
         assert "ld.global.u32 %r8" in error.text and "st.global.u32" in error.other_text
 

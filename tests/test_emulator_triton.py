@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).resolve().parent
 LIMITS = {"f32": 1e-5, "ieee": 1e-6, "tf32x3": 1e-5, "int8": 0.0, "add": 0.0, "tf32": 2e-3}
-LIMITS |= {"bf16": 2e-2, "f16": 5e-3, "one": 2e-2}
+LIMITS |= {"bf16": 2e-2, "f16": 5e-3, "one": 2e-2, "tickets": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,7 @@ RIGHT = [
     "attention f16 odd",
     "attention f32",
     "lock",
+    "tickets",
     "histogram",
     "sort, scan and argmax",
     "random",
@@ -87,6 +88,8 @@ def test_other_architectures(results, architecture):
         ("bug: unmasked load", "out of bounds", "x = tl.load(x_ptr + offsets)\n"),
         ("bug: shifted store", "out of bounds", "tl.store(out_ptr + offsets + shift"),
         ("bug: overlapping tiles", "global race", "tl.store(out_ptr + offsets, tl.zeros"),
+        ("bug: relaxed wait", "global race", "total = tl.load(total_ptr"),
+        ("bug: no barrier before release", "global race", "total = tl.load(total_ptr"),
     ],
 )
 def test_bugs_are_stopped_at_their_source_line(results, name, check, source):
@@ -95,7 +98,8 @@ def test_bugs_are_stopped_at_their_source_line(results, name, check, source):
     path, line = row["source"].rsplit(":", 1)
     assert path.endswith("emulator_kernels.py")
     assert source in Path(path).read_text().splitlines(keepends=True)[int(line) - 1]
-    assert ("x_ptr" if "load" in name else "out_ptr") in row["message"]
+    tensor = "total_ptr" if "total" in source else "x_ptr" if "load" in name else "out_ptr"
+    assert tensor in row["message"]
 
 
 def test_device_print_shows_each_threads_value(results):
@@ -106,7 +110,7 @@ def test_device_print_shows_each_threads_value(results):
 
 
 def test_threads_and_order_change_nothing(results):
-    for name in ("norm bf16", "attention bf16", "matmul bf16 odd", "bug: shifted store"):
+    for name in ("norm bf16", "attention bf16", "matmul bf16 odd", "tickets", "bug: shifted store"):
         first, again = results[name, "sm_80"], results[name, "sm_80", "again"]
         for key in ("error", "instructions", "mma", "coalescing", "conflicts", "check"):
             assert first.get(key) == again.get(key), (name, key)

@@ -18,10 +18,10 @@ from llmkern.bench import compiled
 pytestmark = pytest.mark.skipif(_launch.version() is None, reason="triton is not installed")
 
 # Forms whose gradients keep more alive than 255 registers hold may spill; forward ones may not.
-BACKWARD = ("bwd", "dx", "dw", "dpre", "dq", "dkv")
+BACKWARD = ("bwd", "backward", "dx", "dw", "dpre", "dq", "dkv")
 # Rows that begin at no multiple of 16 bytes; sinks are read one by one along a length that is any.
 NARROW = ("odd", "1030", "unaligned", "attention_bwd_sinks")
-ROW_BY_ROW = ("attention_levels", "attention_combine", "attention_bwd_sinks")
+ROW_BY_ROW = ("attention_terms", "attention_combine", "attention_bwd_sinks")
 # A few of each op; the test of all forms is slow.
 SHORT = {
     "sm_80": ("norm_fwd 1024 bf16", "bf16 gelu preact", "split join"),

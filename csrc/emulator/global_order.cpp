@@ -46,6 +46,8 @@ void GlobalOrder::leave(const Warp& w, int barrier) {
 void GlobalOrder::fence(const Warp& w) {
   State& mine = state(w);
   mine.fenced = mine.seen;
+  mine.known = joined(mine.known, mine.awaited);
+  mine.awaited = nullptr;
   changed(&mine);
   new_epoch(w);
 }
@@ -112,35 +114,43 @@ GlobalOrder::KnownPointer GlobalOrder::joined(const KnownPointer& a, const Known
   return both == nullptr ? a : both;
 }
 
-void GlobalOrder::learn(const Warp& w, uint32_t release) {
-  if (release == 0) return;
+// What is known together with what a release handed on.
+GlobalOrder::KnownPointer GlobalOrder::joined(const Warp& w, const KnownPointer& a,
+                                              uint32_t release) {
   const Release& r = releases_[release - 1];
-  State& mine = state(w);
-  const bool learned = r.all && mine.known != nullptr && (*mine.known)[r.cta] != nullptr;
-  if (learned && joined((*mine.known)[r.cta], r.epochs) == (*mine.known)[r.cta]) return;
-  KnownPointer known = joined(mine.known, r.known);
-  if (r.epochs != nullptr && r.cta != static_cast<size_t>(w.cta->position)) {
-    const Epochs* before = known == nullptr ? nullptr : (*known)[r.cta];
-    const Epochs* after = joined(before, r.epochs);
-    if (after != before) {
-      auto more =
-          known == nullptr ? std::make_shared<Known>(ctas_) : std::make_shared<Known>(*known);
-      (*more)[r.cta] = after;
-      known = std::move(more);
-    }
-  }
-  if (known != mine.known) changed(&mine);
-  mine.known = std::move(known);
+  const bool learned = r.all && a != nullptr && (*a)[r.cta] != nullptr;
+  if (learned && joined((*a)[r.cta], r.epochs) == (*a)[r.cta]) return a;
+  KnownPointer known = joined(a, r.known);
+  if (r.epochs == nullptr || r.cta == static_cast<size_t>(w.cta->position)) return known;
+  const Epochs* before = known == nullptr ? nullptr : (*known)[r.cta];
+  const Epochs* after = joined(before, r.epochs);
+  if (after == before) return known;
+  auto more = known == nullptr ? std::make_shared<Known>(ctas_) : std::make_shared<Known>(*known);
+  (*more)[r.cta] = after;
+  return more;
 }
 
-uint32_t GlobalOrder::hand_on(const Warp& w, const Instr& in) {
+void GlobalOrder::learn(const Warp& w, const Instr& in, uint32_t release) {
+  if (release == 0 || (in.order & kOwnCta) != 0) return;
+  State& mine = state(w);
+  const bool acquires = (in.order & kAcquires) != 0;
+  KnownPointer& target = acquires ? mine.known : mine.awaited;
+  KnownPointer known = joined(w, target, release);
+  if (acquires && known != target) changed(&mine);
+  target = std::move(known);
+}
+
+uint32_t GlobalOrder::hand_on(const Warp& w, const Instr& in, uint32_t before) {
+  if ((in.order & kOwnCta) != 0) return 0;
   State& mine = state(w);
   const bool releases = (in.order & kReleases) != 0;
   const auto& epochs = releases ? mine.seen : mine.fenced;
   const bool nothing =
       std::all_of(epochs.begin(), epochs.end(), [](uint32_t epoch) { return epoch == 0; });
   if (nothing && mine.known == nullptr) return 0;
-  if (!mine.changed[releases]) return mine.handed_on[releases];
+  const KnownPointer known = before == 0 ? mine.known : joined(w, mine.known, before);
+  const bool more = known != mine.known;
+  if (!mine.changed[releases] && !more) return mine.handed_on[releases];
   if (releases_.size() >= kMostReleases) {
     gave_up_ = true;
     return 0;
@@ -150,11 +160,14 @@ uint32_t GlobalOrder::hand_on(const Warp& w, const Instr& in) {
     epochs_.emplace_back(epochs.begin(), epochs.begin() + static_cast<int64_t>(warps_));
     own = &epochs_.back();
   }
-  releases_.push_back({static_cast<size_t>(w.cta->position), own, mine.known, releases});
-  mine.handed_on[releases] = static_cast<uint32_t>(releases_.size());
-  mine.changed[releases] = false;
+  releases_.push_back({static_cast<size_t>(w.cta->position), own, known, releases && !more});
+  const auto handed_on = static_cast<uint32_t>(releases_.size());
+  if (!more) {
+    mine.handed_on[releases] = handed_on;
+    mine.changed[releases] = false;
+  }
   if (releases) new_epoch(w);
-  return mine.handed_on[releases];
+  return handed_on;
 }
 
 }  // namespace emulator

@@ -1,10 +1,11 @@
 // Order between CTAs of a kernel that has atomics on global memory (or volatile, relaxed, acquire,
 // release accesses). Such CTAs run one after the other, and are ordered by nothing but what they
 // hand on through these accesses: a release, or a fence and then an access, leaves at its address
-// what its warp knows to have happened; who then reads the address by such an access learns it.
-// Every one of them counts as an acquire. Plain accesses of two CTAs, or a plain one and an atomic
-// one, are a race if one writes and the later CTA does not know of the earlier access. Stores of
-// the same value are benign.
+// what its warp knows to have happened; who then reads the address by an acquire, or by a relaxed
+// access and then a fence, learns it. Volatile loads and atomics whose order is not written count
+// as acquires: code from before ld.acquire has no fence there. What is of .cta scope hands on and
+// learns nothing. Plain accesses of two CTAs, or a plain one and an atomic one, are a race if one
+// writes and the later CTA does not know of the earlier access. Stores of the same value are benign.
 //
 // An access is known by CTA, warp and that warp's epoch: a warp's epoch changes where it hands on.
 #pragma once
@@ -53,9 +54,10 @@ class GlobalOrder {
   // kStore.
   const GlobalAccess* touch(const Warp& w, const Instr& in, GlobalAccessKind kind, uint32_t value,
                             OrderRecord* record);
-  void learn(const Warp& w, uint32_t release);
-  // What an atomic access hands on: an index + 1, or 0 for nothing.
-  uint32_t hand_on(const Warp& w, const Instr& in);
+  void learn(const Warp& w, const Instr& in, uint32_t release);
+  // What an atomic access hands on: an index + 1, or 0 for nothing. `before`: what the address held,
+  // which a read and write in one hands on with its own, acquired or not; else 0.
+  uint32_t hand_on(const Warp& w, const Instr& in, uint32_t before);
 
  private:
   using Epochs = std::vector<uint32_t>;      // by warp
@@ -63,6 +65,7 @@ class GlobalOrder {
   using KnownPointer = std::shared_ptr<const Known>;
   struct State {  // of a warp, or gathered at a barrier
     KnownPointer known;
+    KnownPointer awaited;  // read by relaxed accesses: known from the next fence on
     std::array<uint32_t, kMaxWarps> seen{}, fenced{};  // epochs of this CTA's warps
     uint32_t handed_on[2] = {};                        // the last release, by kind: see hand_on
     bool changed[2] = {true, true};                    // since then
@@ -77,6 +80,7 @@ class GlobalOrder {
   bool knows(const Warp& w, const GlobalAccess& access) const;
   KnownPointer joined(const KnownPointer& a, const KnownPointer& b);
   const Epochs* joined(const Epochs* a, const Epochs* b);
+  KnownPointer joined(const Warp& w, const KnownPointer& a, uint32_t release);
   void new_epoch(const Warp& w);
   static void changed(State* state) { state->changed[0] = state->changed[1] = true; }
   State& state(const Warp& w);

@@ -231,7 +231,7 @@ void record_global_atomics(Warp& w, const Instr& in, uint32_t mask, const uint64
     if (kind != GlobalAccessKind::kAtomicStore) {
       uint32_t last = 0;
       for_lanes(lanes, [&](int l) {
-        if (record(l).release != last) order.learn(w, last = record(l).release);
+        if (record(l).release != last) order.learn(w, in, last = record(l).release);
       });
     }
     // A wider word is compared and swapped to change one of its elements, which one is not known.
@@ -241,9 +241,12 @@ void record_global_atomics(Warp& w, const Instr& in, uint32_t mask, const uint64
       });
     }
     if (kind == GlobalAccessKind::kAtomicRead) return;
-    const uint32_t release = order.hand_on(w, in);
+    const bool stores = kind == GlobalAccessKind::kAtomicStore;
+    uint32_t before = 0, release = order.hand_on(w, in, 0);
     for_lanes(lanes, [&](int l) {
-      if (release != 0 || kind == GlobalAccessKind::kAtomicStore) record(l).release = release;
+      uint32_t& at = record(l).release;
+      if (!stores && at != release && at != before) release = order.hand_on(w, in, before = at);
+      if (release != 0 || stores) at = release;
     });
   });
 }

@@ -99,7 +99,7 @@ struct alignas(64) Instr {
   uint8_t member = 0;         // index in r of a collective's member mask
   uint8_t address = 0;        // index in r of the address register
   bool wide_address = false;  // 64-bit
-  uint8_t order = 0;          // kStrong, kReleases
+  uint8_t order = 0;          // kStrong ...
   bool uniform = false;       // bra.uni: all lanes must go one way
   Track track = Track::kAny;
   int64_t imm = 0;       // address offset, or the handler's own
@@ -113,8 +113,9 @@ struct alignas(64) Instr {
   Place place;
 };
 
-// Instr::order: volatile, relaxed, acquire, release; hands on what happened before.
-constexpr uint8_t kStrong = 1, kReleases = 2;
+// Instr::order: volatile, relaxed, acquire, release; hands on what happened before; learns what was
+// handed on, with no fence after it; is not for other CTAs.
+constexpr uint8_t kStrong = 1, kReleases = 2, kAcquires = 4, kOwnCta = 8;
 // Instr::mode of a load of a parameter at imm.
 constexpr uint32_t kWholeParameter = 1;
 

@@ -11,7 +11,8 @@ namespace {
 
 constexpr uint8_t kNobody = 0xff, kMany = 0xfe;
 constexpr uint32_t kWrap = 0xf0000000u;
-constexpr size_t kMostListed = 16;
+constexpr size_t kMostListed = 64;
+constexpr uint32_t kGranule = 16;
 
 // Calls f(word address, byte mask) for each word of [address, address + bytes).
 template <class F>
@@ -52,14 +53,15 @@ void LaneShadow::begin_cta(int64_t shared_bytes, int warps) {
     o.base = tick_;
     o.tick = ++tick_;
     o.partial = o.in_words = false;
-    o.list.clear();
+    forget_list(o);
+    if (o.touched.size() * kGranule < words * 4) o.touched.resize(words * 4 / kGranule + 1);
   }
 }
 
 void LaneShadow::meet(Warp& w, uint32_t mask) {
   Order& o = order_[static_cast<size_t>(w.id)];
   if ((w.alive & ~mask) == 0) {
-    o.list.clear();
+    forget_list(o);
     o.in_words = false;
     o.base = tick_;
     o.tick = ++tick_;
@@ -182,59 +184,64 @@ void LaneShadow::record_write(const Order& o, LaneWord* word, int index, int lan
   }
 }
 
-namespace {
-
-// Whether lanes touch places apart; the accesses are aligned to their size.
-bool apart(const uint32_t* address, uint32_t mask, uint32_t begin, uint32_t end, int bytes) {
-  const int shift = __builtin_ctz(static_cast<unsigned>(bytes));
-  constexpr uint32_t kPlaces = 4096;
-  if (((end - begin) >> shift) > kPlaces) return false;
-  uint64_t taken[kPlaces / 64];
-  std::fill(taken, taken + ((end - begin) >> shift) / 64 + 1, uint64_t{0});
-  bool all = true;
-  for_lanes(mask, [&](int l) {
-    const uint32_t place = (address[l] - begin) >> shift;
-    all = all && (taken[place / 64] >> (place % 64) & 1) == 0;
-    taken[place / 64] |= uint64_t{1} << (place % 64);
-  });
-  return all;
+void LaneShadow::forget_list(Order& o) {
+  for (size_t i = 0; i < o.listed; ++i) {
+    const Listed& before = o.list[i];
+    for_lanes(before.mask, [&](int l) {
+      uint16_t* touched = &o.touched[before.address[l] / kGranule];
+      touched[0] = 0;
+      if (before.bytes > static_cast<int>(kGranule)) touched[1] = 0;
+    });
+  }
+  o.listed = 0;
 }
 
-}  // namespace
-
+// Accesses are aligned to their size.
 template <class Address>
-bool LaneShadow::listed(Order& o, bool write, int index, uint32_t mask, const Address* address,
+bool LaneShadow::listed(Order& o, Touch touch, int index, uint32_t mask, const Address* address,
                         int bytes) {
-  if (o.in_words || o.list.size() == kMostListed) return false;
-  o.list.emplace_back();
-  Listed& now = o.list.back();
-  now.write = write;
+  if (o.in_words || o.listed == kMostListed) return false;
+  if (o.listed == o.list.size()) o.list.emplace_back();
+  Listed& now = o.list[o.listed++];
+  now.touch = touch;
   now.index = index;
   now.bytes = bytes;
   now.mask = mask;
-  uint32_t lowest = ~uint32_t{0}, highest = 0;
-  for_lanes(mask, [&](int l) {
-    now.address[l] = static_cast<uint32_t>(address[l]);
-    lowest = std::min(lowest, now.address[l]);
-    highest = std::max(highest, now.address[l]);
-  });
-  now.begin = lowest;
-  now.end = highest + static_cast<uint32_t>(bytes);
-  bool clear = !write || apart(now.address, mask, now.begin, now.end, bytes);
-  for (size_t i = 0; clear && i + 1 < o.list.size(); ++i) {
-    const Listed& before = o.list[i];
-    clear = !(write || before.write) || now.end <= before.begin || before.end <= now.begin;
+  const bool wide = bytes > static_cast<int>(kGranule);
+  const uint32_t units = wide ? 0xff : (1u << (bytes + 1) / 2) - 1;
+  // A write meets those before it and reads, a read writes.
+  const uint32_t meets = touch == Touch::kRead ? 1 : touch == Touch::kWrite ? 0x101 : 0;
+  const uint32_t sets = touch == Touch::kRead ? 0x100 : 1;
+  uint32_t met = 0;
+  const auto mark = [&](int l) {
+    const auto a = static_cast<uint32_t>(address[l]);
+    now.address[l] = a;
+    const uint32_t mine = units << (a % kGranule / 2);
+    uint16_t* touched = &o.touched[a / kGranule];
+    for (int i = 0; i <= static_cast<int>(wide); ++i) {
+      met |= touched[i] & (mine * meets);
+      touched[i] = static_cast<uint16_t>(touched[i] | mine * sets);
+    }
+  };
+  if (mask == kAllLanes) {
+    for (int l = 0; l < kLanes; ++l) mark(l);
+  } else {
+    for_lanes(mask, mark);
   }
-  if (!clear) o.list.pop_back();
-  return clear;
+  if (met == 0) return true;
+  const size_t before = o.listed - 1;
+  forget_list(o);
+  o.listed = before;
+  return false;
 }
 
 void LaneShadow::move_to_words(Warp& w, Order& o) {
-  for (const Listed& before : o.list) {
+  for (size_t i = 0; i < o.listed; ++i) {
+    const Listed& before = o.list[i];
     ++instance_;
     for_lanes(before.mask, [&](int l) {
       for_words(before.address[l], before.bytes, [&](uint32_t a, uint8_t m) {
-        if (before.write) {
+        if (before.touch != Touch::kRead) {
           record_write(o, &word_of(w, a), before.index, l, m);
         } else {
           touch_read(w, o, before.index, l, a, m);
@@ -242,15 +249,15 @@ void LaneShadow::move_to_words(Warp& w, Order& o) {
       });
     });
   }
-  o.list.clear();
+  forget_list(o);
   o.in_words = true;
 }
 
 void LaneShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
   Order& o = order_[static_cast<size_t>(w.id)];
   // All lanes met just now and meet again after this read: nothing can race with it.
-  if (in.kind == Kind::kCollective && !o.partial && !o.in_words && o.list.empty()) return;
-  if (listed(o, false, in.index, mask, address, bytes)) return;
+  if (in.kind == Kind::kAligned && !o.partial && !o.in_words && o.listed == 0) return;
+  if (listed(o, Touch::kRead, in.index, mask, address, bytes)) return;
   move_to_words(w, o);
   for_lanes(mask, [&](int l) {
     for_words(static_cast<uint32_t>(address[l]), bytes,
@@ -261,7 +268,7 @@ void LaneShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* a
 void LaneShadow::write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
                        const char* data, int stride) {
   Order& o = order_[static_cast<size_t>(w.id)];
-  if (listed(o, true, in.index, mask, address, bytes)) return;
+  if (listed(o, Touch::kWrite, in.index, mask, address, bytes)) return;
   move_to_words(w, o);
   const Store store{address, data, stride};
   ++instance_;
@@ -287,7 +294,7 @@ void LaneShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, in
 
 void LaneShadow::land_copy(Warp& w, int index, uint32_t mask, const uint32_t* address, int bytes) {
   Order& o = order_[static_cast<size_t>(w.id)];
-  if (mask == 0 || listed(o, true, index, mask, address, bytes)) return;
+  if (mask == 0 || listed(o, Touch::kLanding, index, mask, address, bytes)) return;
   move_to_words(w, o);
   ++instance_;
   for_lanes(mask, [&](int l) {

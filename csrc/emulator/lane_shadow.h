@@ -6,8 +6,9 @@
 // warp's `base`: whatever is older is ordered. Where only some meet, what each lane has seen of
 // each other one is kept. Bytes are followed one by one, so lanes may share a word.
 //
-// Between two such points a warp mostly touches places apart: accesses are only listed, with the
-// range that they touch, until two ranges meet that could race. Then they go into the words.
+// Between two such points a warp mostly touches places apart: accesses are only listed, with a bit
+// for each 2 bytes that they read or write, until one meets a bit that it could race with. Then they
+// go into the words.
 #pragma once
 
 #include <array>
@@ -45,15 +46,18 @@ class LaneShadow {
   void land_copy(Warp& w, int index, uint32_t mask, const uint32_t* address, int bytes);
 
  private:
+  enum class Touch : uint8_t { kRead, kWrite, kLanding };
   struct Listed {
-    bool write;
+    Touch touch;
     int index, bytes;
-    uint32_t mask, begin, end;
+    uint32_t mask;
     uint32_t address[kLanes];
   };
   struct Order {
     uint32_t base = 0, tick = 1;
-    std::vector<Listed> list;  // since the lanes met
+    std::vector<Listed> list;       // its first `listed`: since the lanes met
+    size_t listed = 0;
+    std::vector<uint16_t> touched;  // by 16 bytes: 2-byte units written, then those read
     bool in_words = false;     // accesses since then are in words_
     bool partial = false;      // then the rest counts
     uint32_t at[kLanes];
@@ -68,9 +72,10 @@ class LaneShadow {
   bool ordered(const Order& o, int lane, int other, uint32_t tick) const {
     return tick <= o.base || (o.partial && o.seen[lane][other] >= tick);
   }
-  // Lists an access if it cannot race with those before it.
+  // Lists an access if it cannot race with those before it; the end of a copy races with nothing.
   template <class Address>
-  bool listed(Order& o, bool write, int index, uint32_t mask, const Address* address, int bytes);
+  bool listed(Order& o, Touch touch, int index, uint32_t mask, const Address* address, int bytes);
+  void forget_list(Order& o);
   void move_to_words(Warp& w, Order& o);
   void touch_read(Warp& w, const Order& o, int index, int lane, uint32_t address, uint8_t mask);
   void touch_write(Warp& w, const Order& o, int index, int lane, uint32_t address, uint8_t mask,

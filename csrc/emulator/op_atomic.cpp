@@ -182,7 +182,10 @@ void decode(Decoder& d, bool returns) {
   d.out.width = static_cast<uint8_t>(sources - 1);
   d.out.bytes = static_cast<uint8_t>(bytes_of(t));
   d.out.klass = Class::kAtomic;
-  d.out.order = kStrong | m.order;
+  // Without a word on order it is relaxed, but what it returns counts as acquired: global_order.h.
+  d.out.order = static_cast<uint8_t>(m.order != 0 ? kStrong | m.order
+                                     : returns    ? kStrong | kAcquires
+                                                  : kStrong);
   d.out.run = run;
   d.builder->kernel->compares |= op == kCas && m.space != Space::kShared;
   if (m.space != Space::kShared) d.builder->kernel->has_global_atomics = true;

@@ -29,10 +29,22 @@ MemoryModifiers take_memory_modifiers(Decoder& d) {
     const int ordered =
         d.take_optional({"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"});
     if (ordered >= 0) {
+      // Code from before fences had a form for acquiring relies on volatile: see global_order.h.
+      constexpr uint8_t orders[] = {0,
+                                    kStrong | kAcquires,
+                                    kStrong,
+                                    kStrong | kAcquires,
+                                    kStrong | kReleases,
+                                    kStrong | kReleases | kAcquires,
+                                    kStrong | kAcquires};
       once(&order);
-      m.order = ordered == 0 ? 0 : ordered == 4 || ordered == 5 ? kStrong | kReleases : kStrong;
-    } else if (d.take_optional({"cta", "cluster", "gpu", "sys"}) >= 0) {
+      m.order = static_cast<uint8_t>(m.order | orders[ordered]);
+      continue;
+    }
+    const int reach = d.take_optional({"cta", "cluster", "gpu", "sys"});
+    if (reach >= 0) {
       once(&scope);
+      if (reach < 2) m.order |= kOwnCta;
     } else if (d.take("L2::cache_hint") || d.take("L1::cache_hint")) {
       once(&m.cache_hint);
     } else if (d.take_optional({"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc"}) >= 0) {
@@ -45,6 +57,7 @@ MemoryModifiers take_memory_modifiers(Decoder& d) {
     }
   }
   (void)cache;
+  if ((m.order & kOwnCta) != 0) m.order &= kStrong | kOwnCta;
   return m;
 }
 

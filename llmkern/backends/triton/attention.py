@@ -1,6 +1,5 @@
 """Attention: attention_*_kernels.py. Contract: backends/reference/attention.py."""
 
-import importlib
 from collections.abc import Iterator
 
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor
 from llmkern import random
 from llmkern.backends.triton import _launch
 from llmkern.backends.triton import tiles_attention as tiles
-from llmkern.backends.triton._launch import Compilation, compilation
-from llmkern.specs import UNBOUNDED, AttentionSpec
+from llmkern.backends.triton._launch import Compilation
+from llmkern.specs import AttentionSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 256  # at most: the accumulators of a tile must fit in registers
@@ -209,45 +208,49 @@ def backward(
     dsinks = torch.empty(spec.heads, dtype=torch.float32, device=q.device) if wants[4] else empty
     shape = tiles.form(spec, _precision())
     with _launch.guard(q.device):
-        rows = _launch_levels(spec, shape, dout, out, lse, dlse)
+        rows = _launch_terms(spec, shape, dout, out, lse, dlse)
         inputs = dict(q=q, k=k, v=v, seed=seed, dout=dout, **rows, **_strides("q", q),
                       **_strides("k", k), **_strides("v", v), **_strides("dout", dout),
                       **_sides(spec, bias, mask, key_mask, slopes), **_sizes(spec),
                       **_numbers(spec), FORM=shape)  # fmt: skip
-        if wants[1] or wants[2]:
-            _launch_keys(spec, inputs, pairs[1][0], pairs[2][0])
-        if wants[0]:
-            _launch_queries(spec, inputs, pairs[0][0])
+        written = [pair[0] for pair in pairs]
+        fused = tiles.pick_fused(spec, shape, _launch.capability(q.device))
+        if fused and wants[0] and (wants[1] or wants[2]) and not _launch.interpreted():
+            _launch_fused(spec, fused, inputs, *written)
+        else:
+            if wants[1] or wants[2]:
+                _launch_keys(spec, inputs, written[1], written[2])
+            if wants[0]:
+                _launch_queries(spec, inputs, written[0])
         if wants[3]:
             _launch_bias(spec, inputs, dbias)
         if wants[4]:
-            _launch_sinks(spec, sinks, lse, rows["delta"], dsinks)
-    for written, result in pairs:
-        if written is not result and result.dim() == 4:
-            result.copy_(written)
+            _launch_sinks(spec, sinks, lse, rows["terms"], dsinks)
+    for stored, result in pairs:
+        if stored is not result and result.dim() == 4:
+            result.copy_(stored)
     return (*(result for _, result in pairs), dbias, dsinks)
 
 
 # A lane that adds another's product to its own by fma rounds that one alone: the lanes of a row's
 # sum would differ in the last bit, and which of them stores it is open.
-FUSE_LEVELS = False
+FUSE_TERMS = False
 
 
-def _launch_levels(spec, shape, dout, out, lse, dlse) -> dict[str, Tensor]:
-    from llmkern.backends.triton.attention_bwd_kernels import attention_levels
+def _launch_terms(spec, shape, dout, out, lse, dlse) -> dict[str, Tensor]:
+    from llmkern.backends.triton.attention_bwd_kernels import attention_terms
 
     lse = lse.contiguous()
-    level, delta = (torch.empty_like(lse) for _ in range(2))
+    terms = torch.empty(*lse.shape, 2, dtype=lse.dtype, device=lse.device)
     tile = tiles.pick_rows(shape)
     programs = -(-spec.q_len // tile.block_m) * spec.batch * spec.heads
     if programs:
-        attention_levels[(programs,)](
+        attention_terms[(programs,)](
             out,
             dout,
             lse,
             None if dlse is None else dlse.contiguous(),
-            level,
-            delta,
+            terms,
             *out.stride()[:3],
             *dout.stride()[:3],
             spec.heads,
@@ -255,10 +258,11 @@ def _launch_levels(spec, shape, dout, out, lse, dlse) -> dict[str, Tensor]:
             spec.scale,
             FORM=shape,
             BLOCK_R=tile.block_m,
+            BOUNDED=spec.q_len % tile.block_m != 0,
             num_warps=tile.num_warps,
-            enable_fp_fusion=FUSE_LEVELS,
+            enable_fp_fusion=FUSE_TERMS,
         )
-    return dict(level=level, delta=delta)
+    return dict(terms=terms)
 
 
 def _launch_keys(spec, inputs, dk, dv):
@@ -277,14 +281,44 @@ def _launch_keys(spec, inputs, dk, dv):
         )
 
 
-def _launch_queries(spec, inputs, dq):
+def _launch_fused(spec, fused, inputs, dq, dk, dv):
+    from llmkern.backends.triton.attention_bwd_fused_kernels import attention_bwd_fused
+
+    tile, width = fused.tile, inputs["FORM"].block_d
+    blocks = -(-spec.q_len // tile.block_m) * spec.batch * spec.heads
+    programs = -(-spec.kv_len // tile.block_n) * spec.batch * spec.kv_heads
+    if blocks == 0 or programs == 0:
+        _launch_keys(spec, inputs, dk, dv)
+        _launch_queries(spec, inputs, dq)
+        return
+    locks = torch.zeros(blocks + 1, dtype=torch.int32, device=dq.device)
+    total = torch.empty(blocks * tile.block_m * width, dtype=torch.float32, device=dq.device)
+    attention_bwd_fused[(programs,)](
+        **inputs,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        total=total,
+        locks=locks,
+        ticket=locks[blocks:],
+        **_strides("dq", dq),
+        **_strides("dk", dk),
+        **_strides("dv", dv),
+        WARP_ROWS=fused.warp_rows,
+        **tiles.launch(tile),
+    )
+    if inputs["FORM"].hides:
+        _launch_queries(spec, inputs, dq, again=True)
+
+
+def _launch_queries(spec, inputs, dq, again=False):
     from llmkern.backends.triton.attention_bwd_query_kernels import attention_bwd_queries
 
     tile = tiles.pick_queries(spec, inputs["FORM"], _launch.capability(dq.device))
     programs = -(-spec.q_len // tile.block_m) * spec.batch * spec.heads
     if programs:
         attention_bwd_queries[(programs,)](
-            **inputs, dq=dq, **_strides("dq", dq), **tiles.launch(tile)
+            **inputs, dq=dq, **_strides("dq", dq), AGAIN=again, **tiles.launch(tile)
         )
 
 
@@ -310,14 +344,14 @@ def _launch_bias(spec, inputs, dbias):
         )
 
 
-def _launch_sinks(spec, sinks, lse, delta, dsinks):
+def _launch_sinks(spec, sinks, lse, terms, dsinks):
     from llmkern.backends.triton.attention_bwd_side_kernels import attention_bwd_sinks
 
     if spec.heads:
         attention_bwd_sinks[(spec.heads,)](
             sinks.contiguous(),
             lse.contiguous(),
-            delta,
+            terms,
             dsinks,
             spec.batch,
             spec.heads,
@@ -328,141 +362,6 @@ def _launch_sinks(spec, sinks, lse, delta, dsinks):
 
 def compilations(capability: int) -> Iterator[Compilation]:
     """Every kernel in the forms that 2048 queries and keys take, by head dim and dtype."""
-    causal = dict(right=0)
-    everything = dict(right=0, left=512, dropout_p=0.1, softcap=30.0, bias=True, mask=True,
-                      key_mask=True, slopes=True, sinks=True)  # fmt: skip
-    for dim in (64, 96, 128, 256):
-        for dtype in DTYPES:
-            yield from _forms(_example(dtype, dim, **causal), "causal", capability)
-    yield from _forms(_example(torch.bfloat16, 128), "full", capability)
-    yield from _forms(_example(torch.bfloat16, 64, **causal, dropout_p=0.1), "dropout", capability)
-    yield from _forms(_example(torch.bfloat16, 64, **everything), "everything", capability)
-    yield from _forms(_example(torch.float32, 64, **everything), "everything", capability)
-    yield from _side_forms(_example(torch.bfloat16, 64, **everything), capability)
-    decode = _example(torch.bfloat16, 128, **causal, shift=2047, q_len=1, kv_heads=2)
-    yield _forward_form(decode, "decode", capability)
-    yield _combine_form(decode)
+    from llmkern.backends.triton import attention_forms
 
-
-def _example(dtype: torch.dtype, head_dim: int, **changes) -> AttentionSpec:
-    plain = AttentionSpec(
-        dtype, "cuda", 2, 8, 8, 2048, 2048, head_dim, head_dim, head_dim**-0.5, 0.0, 0, UNBOUNDED,
-        UNBOUNDED, 0.0, False, False, False, False, False)  # fmt: skip
-    return plain._replace(**changes)
-
-
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_SIDES = ("bias", "mask", "key_mask", "slopes")
-
-
-def _typed(
-    spec: AttentionSpec, first: dict, last: tuple[str, ...], counts: str
-) -> tuple[dict[str, str | None], tuple[str, ...]]:
-    """(the arguments' types, strides): inputs, `first` ones, strides of these and of `last`."""
-    pointer = "*" + _TYPES[spec.dtype]
-    kinds = ("*fp32", "*u8", "*u8", "*fp32")
-    sides = {n: k if getattr(spec, n) else None for n, k in zip(_SIDES, kinds, strict=True)}
-    rows = [f"{name}_stride_{axis}" for name in "qkv" for axis in "bhs"]
-    rows += [f"{name}_stride_{axis}" for name in ("bias", "mask") for axis in "bhij"]
-    rows += ["slopes_stride_b"] + [f"{name}_stride_{axis}" for name in last for axis in "bhs"]
-    types = {"q": pointer, "k": pointer, "v": pointer, **sides, **first}
-    types |= dict.fromkeys(rows, "i32") | dict.fromkeys(counts.split(), "i32")
-    types |= {"scale": "fp32", "softcap": "fp32", "threshold": "i32", "drop_scale": "fp32"}
-    return types, tuple(name for name in rows if not name.endswith("_j"))
-
-
-_COUNTS = "heads kv_heads q_len kv_len shift left right"
-
-
-def _form_of(name, kernel, spec, typed, tile, shape) -> Compilation:
-    flags = {"FORM": shape, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    form = compilation(name, kernel, typed[0], flags, tile.num_warps, typed[1])
-    contiguous = {"bias_stride_j": 1, "mask_stride_j": 1}
-    return form._replace(
-        num_stages=tile.num_stages,
-        signature=form.signature | dict.fromkeys(contiguous, "constexpr"),
-        constexprs=form.constexprs | contiguous,
-    )
-
-
-def _forward_form(spec: AttentionSpec, kind: str, capability: int) -> Compilation:
-    from_module = "llmkern.backends.triton.attention_fwd_kernels"
-    shape = tiles.form(spec, "tf32")._replace(sinks=spec.sinks and not tiles.pick_chunk(spec))
-    pointer = "*" + _TYPES[spec.dtype]
-    first = {"sinks": "*fp32" if shape.sinks else None, "seed": "*i64" if shape.dropout else None,
-             "out": "*fp32" if shape.split else pointer, "lse": "*fp32"}  # fmt: skip
-    typed = _typed(spec, first, ("out",), f"{_COUNTS} chunk part_rows")
-    return _form_of(f"attention_fwd D{spec.head_dim} {_TYPES[spec.dtype]} {kind}",
-                    _named(from_module, "attention_fwd"), spec, typed,
-                    tiles.pick_forward(spec, shape, capability), shape)  # fmt: skip
-
-
-def _forms(spec: AttentionSpec, kind: str, capability: int) -> Iterator[Compilation]:
-    yield _forward_form(spec, kind, capability)
-    shape = tiles.form(spec, "tf32")
-    pointer = "*" + _TYPES[spec.dtype]
-    first = {"seed": "*i64" if shape.dropout else None, "dout": pointer, "level": "*fp32",
-             "delta": "*fp32"}  # fmt: skip
-    for kernel, module, outs, pick in (
-        ("attention_bwd_keys", "attention_bwd_kernels", ("dk", "dv"), tiles.pick_keys),
-        ("attention_bwd_queries", "attention_bwd_query_kernels", ("dq",), tiles.pick_queries),
-    ):
-        typed = _typed(spec, first | dict.fromkeys(outs, pointer), ("dout", *outs), _COUNTS)
-        yield _form_of(f"{kernel} D{spec.head_dim} {_TYPES[spec.dtype]} {kind}",
-                       _named(f"llmkern.backends.triton.{module}", kernel), spec, typed,
-                       pick(spec, shape, capability), shape)  # fmt: skip
-
-
-def _named(module: str, kernel: str):
-    return lambda: getattr(importlib.import_module(module), kernel)
-
-
-def _side_forms(spec: AttentionSpec, capability: int) -> Iterator[Compilation]:
-    """What else backward launches, for a bias [1, H, S, T]."""
-    shape, pointer = tiles.form(spec, "tf32"), "*" + _TYPES[spec.dtype]
-    module = "llmkern.backends.triton.attention_bwd_side_kernels"
-    first = {"seed": "*i64", "dout": pointer, "level": "*fp32", "delta": "*fp32", "dbias": "*fp32"}
-    types, divisible = _typed(spec, first, ("dout", "dbias"), f"batch {_COUNTS}")
-    renamed = {"dbias_stride_s": "dbias_stride_i"}
-    types = {renamed.get(name, name): kind for name, kind in types.items()}
-    order = list(types)
-    order.insert(order.index("dbias_stride_i") + 1, "dbias_stride_j")
-    types = {name: types.get(name, "i32") for name in order}
-    form = _form_of("attention_bwd_bias D64 bf16", _named(module, "attention_bwd_bias"), spec,
-                    (types, divisible), tiles.pick_bias(spec, shape, capability),
-                    shape)  # fmt: skip
-    order = [name for name in form.signature if name[:5] != "BLOCK"]
-    signature = dict.fromkeys([*order, "WIDE", "BLOCK_M", "BLOCK_N"], "constexpr")
-    yield form._replace(
-        signature=signature | form.signature,
-        constexprs=form.constexprs | {"WIDE": tiles.Wide(True, False, False, False)},
-        divisible=tuple(renamed.get(name, name) for name in form.divisible),
-    )
-    types = {"sinks": "*fp32", "lse": "*fp32", "delta": "*fp32", "dsinks": "*fp32", "batch": "i32",
-             "heads": "i32", "q_len": "i32"}  # fmt: skip
-    yield compilation("attention_bwd_sinks", _named(module, "attention_bwd_sinks"), types,
-                      {"BLOCK": tiles.SINK_BLOCK}, 4)  # fmt: skip
-    rows = [f"{name}_stride_{axis}" for name in ("out", "dout") for axis in "bhs"]
-    types = {"out": pointer, "dout": pointer, "lse": "*fp32", "dlse": None, "level": "*fp32",
-             "delta": "*fp32", **dict.fromkeys([*rows, "heads", "q_len"], "i32"),
-             "scale": "fp32"}  # fmt: skip
-    tile = tiles.pick_rows(shape)
-    form = compilation("attention_levels D64 bf16",
-                       _named("llmkern.backends.triton.attention_bwd_kernels", "attention_levels"),
-                       types, {"FORM": shape, "BLOCK_R": tile.block_m}, tile.num_warps,
-                       tuple(rows))  # fmt: skip
-    yield form._replace(fuse=FUSE_LEVELS)
-
-
-def _combine_form(spec: AttentionSpec) -> Compilation:
-    shape = tiles.form(spec, "tf32")
-    tile = tiles.pick_combine(shape)
-    types = {"part_out": "*fp32", "part_lse": "*fp32", "sinks": None, "out": "*bf16",
-             "lse": "*fp32", "out_stride_b": "i32", "out_stride_h": "i32", "out_stride_s": "i32",
-             "heads": "i32", "q_len": "i32", "rows": "i32", "parts": "i32"}  # fmt: skip
-    divisible = ("out_stride_b", "out_stride_h", "out_stride_s")
-    return compilation("attention_combine D128 bf16",
-                       _named("llmkern.backends.triton.attention_split_kernels",
-                              "attention_combine"), types,
-                       {"FORM": shape, "BLOCK_R": tile.block_m}, tile.num_warps,
-                       divisible)  # fmt: skip
+    return attention_forms.every_form(capability)

@@ -24,7 +24,6 @@ from llmkern.backends.triton.attention_mask_kernels import (
     kept,
     load_columns,
     load_rows,
-    not_finite,
     open_head,
     open_sides,
     store_rows,
@@ -34,24 +33,26 @@ from llmkern.backends.triton.philox_kernels import load_keys
 
 
 @triton.jit
-def pair_gradients(qk, dp, keep, i, j, i0, j0, level, delta, offsets, size, side, rule, drop_scale,
+def pair_gradients(qk, dp, keep, i, j, i0, j0, terms, offsets, size, side, rule, drop_scale,
                    OF_BIAS: tl.constexpr, FORM: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """(p as dv takes it but for drop_scale, ds, visible) of a tile, from <q, k> and <do, v>. ds is
-    the gradient of <q, k> scale, which softcap acts on, or OF_BIAS of what is added after it."""
+    """(p as dv takes it but for drop_scale, ds, visible) of a tile, from <q, k> and dp as
+    `pulled_product` gives it. ds is the gradient of <q, k> scale, which softcap acts on, or OF_BIAS
+    of what is added after it."""
     bias_rows, mask_rows, slope = offsets
+    minus_level, minus_delta = terms
     s, visible, derivative = tile_scores(qk, i, j, i0, j0, bias_rows, mask_rows, slope, size, side,
                                          rule, FORM, EDGE)  # fmt: skip
     if FORM.sharp:
-        p = tl.exp2((s - level) * rule[0])
+        p = tl.exp2((s + minus_level) * rule[0])
     else:
-        p = tl.exp2(s * rule[0] - level)
+        p = tl.exp2(s * rule[0] + minus_level)
     if EDGE or FORM.masked:
         p = tl.where(visible, p, 0.0)
     weights = p
     if FORM.dropout:
         weights = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * drop_scale, 0.0)
-    ds = p * (dp - delta)
+        dp = tl.where(keep, dp * drop_scale, 0.0) + minus_delta
+    ds = p * dp
     if FORM.softcap and not OF_BIAS:
         ds = ds * derivative
     if EDGE or FORM.masked:
@@ -60,23 +61,33 @@ def pair_gradients(qk, dp, keep, i, j, i0, j0, level, delta, offsets, size, side
 
 
 @triton.jit
-def load_levels(rows, at, i, q_len, EDGE: tl.constexpr):
-    """(level, delta) of queries i, as `attention_levels` stored them from `at` on."""
-    level, delta = rows
+def pulled_product(a, b, minus_delta, FORM: tl.constexpr):
+    """<do, v> of a tile, plus minus_delta, which costs nothing where a product starts from it;
+    dropout acts before it is added."""
+    if FORM.dropout:
+        return tl.dot(a, b, input_precision=FORM.precision)
+    start = tl.broadcast_to(minus_delta, [a.shape[0], b.shape[1]])
+    return tl.dot(a, b, start, input_precision=FORM.precision)
+
+
+@triton.jit
+def load_terms(terms, at, i, q_len, EDGE: tl.constexpr):
+    """(-level, -delta) of queries i, as `attention_terms` stored them from `at` on."""
+    c = tl.arange(0, 2)[None, :]
+    place = terms + at * 2 + (i[:, None] * 2 + c)
     if EDGE:  # a query that does not exist has p = exp2(-inf)
-        return (tl.load(level + at + i, mask=i < q_len, other=INFINITY),
-                tl.load(delta + at + i, mask=i < q_len, other=0.0))  # fmt: skip
-    return tl.load(level + at + i), tl.load(delta + at + i)
+        return tl.split(tl.load(place, mask=(i < q_len)[:, None],
+                                other=tl.where(c == 0, -INFINITY, 0.0)))  # fmt: skip
+    return tl.split(tl.load(place))
 
 
 @triton.jit(do_not_specialize=["q_len"])
-def attention_levels(
+def attention_terms(
     out,
     dout,
     lse,
     dlse,
-    level,
-    delta,
+    terms,
     out_stride_b,
     out_stride_h,
     out_stride_s,
@@ -88,9 +99,11 @@ def attention_levels(
     scale,
     FORM: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
-    """What backward needs of each row (b * H + h) * S + i: delta, and lse as `pair_gradients` takes
-    it, +inf for rows that see nothing. Grid: (blocks of rows * B * H,)."""
+    """terms [B H S, 2], what backward needs of a row (b * H + h) * S + i: (-level, -delta), level
+    being lse as `pair_gradients` takes it, +inf for rows that see nothing. Both are to be added: an
+    fma takes one, a product starts from the other. Grid: (blocks of rows * B * H,)."""
     tiles = tl.cdiv(q_len, BLOCK_R)
     unit = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BLOCK_R
@@ -99,14 +112,12 @@ def attention_levels(
     live = i < q_len
     r = tl.cast(unit, tl.int64) * q_len + i
     at, stride = open_head(b, head, (out, out_stride_b, out_stride_h, out_stride_s))
-    o = load_rows(at, first, stride, q_len, BLOCK_R, FORM.value_dim, FORM.block_dv, True)
+    o = load_rows(at, first, stride, q_len, BLOCK_R, FORM.value_dim, FORM.block_dv, BOUNDED)
     at, stride = open_head(b, head, (dout, dout_stride_b, dout_stride_h, dout_stride_s))
-    do = load_rows(at, first, stride, q_len, BLOCK_R, FORM.value_dim, FORM.block_dv, True)
-    o, do = o.to(tl.float32), do.to(tl.float32)
-    pull = tl.sum(o * do, 1)
+    do = load_rows(at, first, stride, q_len, BLOCK_R, FORM.value_dim, FORM.block_dv, BOUNDED)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if dlse is not None:
-        pull = pull - tl.load(dlse + r, mask=live, other=0.0)
-    tl.store(delta + r, pull, mask=live)
+        delta = delta - tl.load(dlse + r, mask=live, other=0.0)
     row = tl.load(lse + r, mask=live, other=0.0)
     if not FORM.sharp:
         known = row * LOG2E
@@ -114,35 +125,38 @@ def attention_levels(
         known = row
     else:
         known = row / scale
-    tl.store(level + r, tl.where(row == -INFINITY, INFINITY, known), mask=live)
+    pair = tl.join(tl.where(row == -INFINITY, -INFINITY, -known), -delta)
+    tl.store(terms + (r[:, None] * 2 + tl.arange(0, 2)[None, :]), pair, mask=live[:, None])
 
 
 @triton.jit
-def key_tiles(kt, vt, q, do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule, drop,
+def key_tiles(kt, vt, q, do, terms, at, i0, i, j, slab, j0, offsets, size, side, rule, drop,
               FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr):  # fmt: skip
     """(weights, ds, visible), all [BLOCK_N, BLOCK_M], and the rows of q and do of block i0."""
     q_len = size[0]
     keys, threshold, drop_scale = drop
+    bounded: tl.constexpr = EDGE and FORM.tail_edge
     q_base, q_stride = q
     do_base, do_stride = do
-    qt = load_rows(q_base, i0, q_stride, q_len, BLOCK_M, FORM.head_dim, FORM.block_d, EDGE)
-    level, delta = load_levels(rows, at, i, q_len, EDGE)
+    qt = load_rows(q_base, i0, q_stride, q_len, BLOCK_M, FORM.head_dim, FORM.block_d, bounded)
+    minus_level, minus_delta = load_terms(terms, at, i, q_len, bounded)
+    minus_level, minus_delta = minus_level[None, :], minus_delta[None, :]
     qk = tl.dot(kt, tl.trans(qt), input_precision=FORM.precision)
-    dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim, FORM.block_dv, EDGE)
-    dp = tl.dot(vt, tl.trans(dot), input_precision=FORM.precision)
+    dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim, FORM.block_dv, bounded)
+    dp = pulled_product(vt, tl.trans(dot), minus_delta, FORM)
     keep = False
     if FORM.dropout:
         keep = tl.trans(kept(keys, slab, i, j0, threshold, BLOCK_N))
     weights, ds, visible = pair_gradients(
-        qk, dp, keep, tl.arange(0, BLOCK_M)[None, :], j[:, None], i0, 0, level[None, :],
-        delta[None, :], offsets, size, side, rule, drop_scale, False, FORM, EDGE
+        qk, dp, keep, tl.arange(0, BLOCK_M)[None, :], j[:, None], i0, 0, (minus_level, minus_delta),
+        offsets, size, side, rule, drop_scale, False, FORM, EDGE
     )  # fmt: skip
     return weights, ds, visible, qt, dot
 
 
 @triton.jit
-def gather_queries(dk, dv, kt, vt, q, do, rows, begin, end, j0, b, head, heads, strides, size,
+def gather_queries(dk, dv, kt, vt, q, do, terms, begin, end, j0, b, head, heads, strides, size,
                    side, rule, drop, FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr):  # fmt: skip
     """dk (but for scale) and dv (but for drop_scale) of a block of keys, brought forward over the
@@ -158,7 +172,7 @@ def gather_queries(dk, dv, kt, vt, q, do, rows, begin, end, j0, b, head, heads, 
         i = i0 + tl.arange(0, BLOCK_M)
         offsets = open_sides(b, head, i, bias_strides, mask_strides, slopes, 0, FORM)
         weights, ds, visible, qt, dot = key_tiles(
-            kt, vt, of_q, of_do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule, drop,
+            kt, vt, of_q, of_do, terms, at, i0, i, j, slab, j0, offsets, size, side, rule, drop,
             FORM, EDGE, BLOCK_M, BLOCK_N
         )  # fmt: skip
         dv = tl.dot(weights.to(dot.dtype), dot, dv, input_precision=FORM.precision)
@@ -167,7 +181,7 @@ def gather_queries(dk, dv, kt, vt, q, do, rows, begin, end, j0, b, head, heads, 
 
 
 @triton.jit
-def gather_carefully(result, result_stride, scale, kt, vt, q, do, rows, begin, end, j0, b,
+def gather_carefully(result, result_stride, scale, kt, vt, q, do, terms, begin, end, j0, b,
                      first_head, group, heads, strides, size, side, rule, drop, OF_V: tl.constexpr,
                      FORM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Overwrite the block's rows of dv (OF_V) or dk with what `gather_queries` gives, had hidden
@@ -191,7 +205,7 @@ def gather_carefully(result, result_stride, scale, kt, vt, q, do, rows, begin, e
                 i = i0 + tl.arange(0, CAREFUL_QUERIES)
                 offsets = open_sides(b, head, i, bias_strides, mask_strides, slopes, 0, FORM)
                 weights, ds, visible, qt, dot = key_tiles(
-                    kt, vt, of_q, of_do, rows, at, i0, i, j, slab, j0, offsets, size, side, rule,
+                    kt, vt, of_q, of_do, terms, at, i0, i, j, slab, j0, offsets, size, side, rule,
                     drop, FORM, True, CAREFUL_QUERIES, BLOCK_N
                 )  # fmt: skip
                 base, stride = of_q
@@ -207,6 +221,33 @@ def gather_carefully(result, result_stride, scale, kt, vt, q, do, rows, begin, e
                    careful_result(totals) * scale)  # fmt: skip
 
 
+@triton.jit
+def finish_keys(sum_k, sum_v, kt, vt, dk, dv, q, do, terms, begin, end, j0, b, kv_head, group,
+                heads, strides, size, side, rule, drop, FORM: tl.constexpr,
+                BLOCK_N: tl.constexpr):  # fmt: skip
+    """Stores a block's dk and dv from their sums over the queries begin .. end; once more with care
+    if a query that does not see them may have brought NaN in. dk, dv, q, do: whole tensors."""
+    kv_len = size[1]
+    scale = rule[1]
+    drop_scale = drop[2]
+    dk_base, dk_stride = open_head(b, kv_head, dk)
+    dv_base, dv_stride = open_head(b, kv_head, dv)
+    store_rows(dk_base, j0, dk_stride, kv_len, 0, FORM.head_dim, sum_k * scale)
+    store_rows(dv_base, j0, dv_stride, kv_len, 0, FORM.value_dim, sum_v * drop_scale)
+    if FORM.hides:
+        totals = tl.sum(sum_k, 1) + tl.sum(sum_v, 1)
+        if FORM.tail_edge:
+            totals = tl.where(j0 + tl.arange(0, BLOCK_N) < kv_len, totals, 0.0)
+        if tl.sum(totals, 0) * 0.0 != 0.0:
+            for of_v in tl.static_range(2):
+                gather_carefully(
+                    dv_base if of_v else dk_base, dv_stride if of_v else dk_stride,
+                    drop_scale if of_v else scale, kt, vt, q, do, terms, begin, end, j0, b,
+                    kv_head * group, group, heads, strides, size, side, rule, drop, of_v == 1,
+                    FORM, BLOCK_N
+                )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["q_len", "kv_len", "shift", "left", "right", "threshold"])
 def attention_bwd_keys(
     q,
@@ -218,8 +259,7 @@ def attention_bwd_keys(
     slopes,
     seed,
     dout,
-    level,
-    delta,
+    terms,
     dk,
     dv,
     q_stride_b,
@@ -295,36 +335,24 @@ def attention_bwd_keys(
         full_end = tl.where(j0 + BLOCK_N > kv_len, full_begin, full_end)
     of_q = (q, q_stride_b, q_stride_h, q_stride_s)
     of_do = (dout, dout_stride_b, dout_stride_h, dout_stride_s)
-    rows = (level, delta)
     sum_k = tl.zeros(kt.shape, tl.float32)
     sum_v = tl.zeros(vt.shape, tl.float32)
     for n in range(group):
         head = kv_head * group + n
         if FORM.right:
             sum_k, sum_v = gather_queries(
-                sum_k, sum_v, kt, vt, of_q, of_do, rows, begin, full_begin, j0, b, head, heads,
+                sum_k, sum_v, kt, vt, of_q, of_do, terms, begin, full_begin, j0, b, head, heads,
                 strides, size, side, rule, drop, FORM, True, BLOCK_M, BLOCK_N
             )  # fmt: skip
         sum_k, sum_v = gather_queries(
-            sum_k, sum_v, kt, vt, of_q, of_do, rows, full_begin, full_end, j0, b, head, heads,
+            sum_k, sum_v, kt, vt, of_q, of_do, terms, full_begin, full_end, j0, b, head, heads,
             strides, size, side, rule, drop, FORM, False, BLOCK_M, BLOCK_N
         )  # fmt: skip
         if FORM.tail_edge:
             sum_k, sum_v = gather_queries(
-                sum_k, sum_v, kt, vt, of_q, of_do, rows, full_end, end, j0, b, head, heads,
+                sum_k, sum_v, kt, vt, of_q, of_do, terms, full_end, end, j0, b, head, heads,
                 strides, size, side, rule, drop, FORM, True, BLOCK_M, BLOCK_N
             )  # fmt: skip
-    dk_base, dk_stride = open_head(b, kv_head, (dk, dk_stride_b, dk_stride_h, dk_stride_s))
-    dv_base, dv_stride = open_head(b, kv_head, (dv, dv_stride_b, dv_stride_h, dv_stride_s))
-    store_rows(dk_base, j0, dk_stride, kv_len, 0, FORM.head_dim, sum_k * scale)
-    store_rows(dv_base, j0, dv_stride, kv_len, 0, FORM.value_dim, sum_v * drop_scale)
-    if FORM.hides:
-        exists = (j0 + tl.arange(0, BLOCK_N) < kv_len)[:, None]
-        if not_finite(tl.where(exists, sum_k, 0.0)) + not_finite(tl.where(exists, sum_v, 0.0)) != 0:
-            for of_v in tl.static_range(2):
-                gather_carefully(
-                    dv_base if of_v else dk_base, dv_stride if of_v else dk_stride,
-                    drop_scale if of_v else scale, kt, vt, of_q, of_do, rows, begin, end, j0, b,
-                    kv_head * group, group, heads, strides, size, side, rule, drop, of_v == 1,
-                    FORM, BLOCK_N
-                )  # fmt: skip
+    finish_keys(sum_k, sum_v, kt, vt, (dk, dk_stride_b, dk_stride_h, dk_stride_s),
+                (dv, dv_stride_b, dv_stride_h, dv_stride_s), of_q, of_do, terms, begin, end, j0, b,
+                kv_head, group, heads, strides, size, side, rule, drop, FORM, BLOCK_N)  # fmt: skip

@@ -5,7 +5,11 @@ attention_bwd_kernels.py; the meaning of FORM, size, side, rule: attention_mask_
 import triton
 import triton.language as tl
 
-from llmkern.backends.triton.attention_bwd_kernels import load_levels, pair_gradients
+from llmkern.backends.triton.attention_bwd_kernels import (
+    load_terms,
+    pair_gradients,
+    pulled_product,
+)
 from llmkern.backends.triton.attention_mask_kernels import (
     CAREFUL_COLUMNS,
     CAREFUL_KEYS,
@@ -30,20 +34,22 @@ def query_tiles(qt, dot, k, v, row, j0, i, slab, offsets, size, side, rule, drop
                 BLOCK_N: tl.constexpr):  # fmt: skip
     """(ds [BLOCK_M, BLOCK_N], visible, the rows of k) of the block of keys j0."""
     kv_len = size[1]
-    level, delta = row
+    minus_level, minus_delta = row
+    minus_level, minus_delta = minus_level[:, None], minus_delta[:, None]
     keys, threshold, drop_scale = drop
+    bounded: tl.constexpr = EDGE and FORM.tail_edge
     k_base, k_stride = k
     v_base, v_stride = v
-    kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, EDGE)
-    vt = load_rows(v_base, j0, v_stride, kv_len, BLOCK_N, FORM.value_dim, FORM.block_dv, EDGE)
+    kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, bounded)
+    vt = load_rows(v_base, j0, v_stride, kv_len, BLOCK_N, FORM.value_dim, FORM.block_dv, bounded)
     qk = tl.dot(qt, tl.trans(kt), input_precision=FORM.precision)
-    dp = tl.dot(dot, tl.trans(vt), input_precision=FORM.precision)
+    dp = pulled_product(dot, tl.trans(vt), minus_delta, FORM)
     keep = False
     if FORM.dropout:
         keep = kept(keys, slab, i, j0, threshold, BLOCK_N)
     _, ds, visible = pair_gradients(
-        qk, dp, keep, i[:, None], tl.arange(0, BLOCK_N)[None, :], 0, j0, level[:, None],
-        delta[:, None], offsets, size, side, rule, drop_scale, OF_BIAS, FORM, EDGE
+        qk, dp, keep, i[:, None], tl.arange(0, BLOCK_N)[None, :], 0, j0, (minus_level, minus_delta),
+        offsets, size, side, rule, drop_scale, OF_BIAS, FORM, EDGE
     )  # fmt: skip
     return ds, visible, kt
 
@@ -81,6 +87,45 @@ def gather_keys_carefully(dq, dq_stride, i0, scale, qt, dot, k, v, row, begin, e
                    careful_result(totals) * scale)  # fmt: skip
 
 
+@triton.jit
+def query_block(i0, b, head, kv_head, heads, q, k, v, dout, dq, terms, strides, size, side, rule,
+                drop, FORM: tl.constexpr, BLOCK_M: tl.constexpr,
+                BLOCK_N: tl.constexpr):  # fmt: skip
+    """dq of a block of queries, stored. q, k, v, dout, dq: whole tensors."""
+    q_len, kv_len, shift, left, right = size
+    slab = b * heads + head
+    i = i0 + tl.arange(0, BLOCK_M)
+    offsets = open_sides(b, head, tl.minimum(i, q_len - 1), *strides, 1, FORM)
+    q_base, q_stride = open_head(b, head, q)
+    do_base, do_stride = open_head(b, head, dout)
+    qt = load_rows(q_base, i0, q_stride, q_len, BLOCK_M, FORM.head_dim, FORM.block_d, True)
+    dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim, FORM.block_dv, True)
+    row = load_terms(terms, tl.cast(slab, tl.int64) * q_len, i, q_len, True)
+    keys = open_head(b, kv_head, k)
+    values = open_head(b, kv_head, v)
+    last = tl.minimum(i0 + BLOCK_M, q_len) - 1
+    begin, full_begin, full_end, end = band(
+        i0, last, kv_len, shift, left, right, FORM.left, FORM.right, BLOCK_N
+    )
+    width: tl.constexpr = FORM.block_d
+    acc = tl.zeros([BLOCK_M, width], tl.float32)
+    if FORM.left:
+        acc = gather_keys(acc, qt, dot, keys, values, row, begin, full_begin, i, slab, offsets,
+                          size, side, rule, drop, FORM, True, BLOCK_N)  # fmt: skip
+    acc = gather_keys(acc, qt, dot, keys, values, row, full_begin, full_end, i, slab, offsets, size,
+                      side, rule, drop, FORM, False, BLOCK_N)  # fmt: skip
+    if FORM.right_edge:
+        acc = gather_keys(acc, qt, dot, keys, values, row, full_end, end, i, slab, offsets, size,
+                          side, rule, drop, FORM, True, BLOCK_N)  # fmt: skip
+    dq_base, dq_stride = open_head(b, head, dq)
+    store_rows(dq_base, i0, dq_stride, q_len, 0, FORM.head_dim, acc * rule[1])
+    if FORM.hides:
+        if not_finite(tl.where((i < q_len)[:, None], acc, 0.0)) != 0.0:
+            gather_keys_carefully(dq_base, dq_stride, i0, rule[1], qt, dot, keys, values, row,
+                                  begin, end, i, slab, offsets, size, side, rule, drop,
+                                  FORM)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["q_len", "kv_len", "shift", "left", "right", "threshold"])
 def attention_bwd_queries(
     q,
@@ -92,8 +137,7 @@ def attention_bwd_queries(
     slopes,
     seed,
     dout,
-    level,
-    delta,
+    terms,
     dq,
     q_stride_b,
     q_stride_h,
@@ -133,8 +177,10 @@ def attention_bwd_queries(
     FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """dq [B, H, S, D]; grid: (blocks of queries * B * H,)."""
+    """dq [B, H, S, D]; grid: (blocks of queries * B * H,). AGAIN: of those blocks alone that hold
+    something not finite, which a key that they do not see may have brought in."""
     tiles = tl.cdiv(q_len, BLOCK_M)
     slab = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -144,7 +190,6 @@ def attention_bwd_queries(
     b = slab // heads
     head = slab % heads
     kv_head = head // (heads // kv_heads)
-    i = i0 + tl.arange(0, BLOCK_M)
     if FORM.key_mask:
         key_mask += tl.cast(b, tl.int64) * kv_len
     size = (q_len, kv_len, shift, left, right)
@@ -159,32 +204,18 @@ def attention_bwd_queries(
         (mask_stride_b, mask_stride_h, mask_stride_i),
         (slopes, slopes_stride_b),
     )
-    offsets = open_sides(b, head, tl.minimum(i, q_len - 1), *strides, 1, FORM)
-    q_base, q_stride = open_head(b, head, (q, q_stride_b, q_stride_h, q_stride_s))
-    do_base, do_stride = open_head(b, head, (dout, dout_stride_b, dout_stride_h, dout_stride_s))
-    qt = load_rows(q_base, i0, q_stride, q_len, BLOCK_M, FORM.head_dim, FORM.block_d, True)
-    dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim, FORM.block_dv, True)
-    row = load_levels((level, delta), tl.cast(slab, tl.int64) * q_len, i, q_len, True)
-    keys = open_head(b, kv_head, (k, k_stride_b, k_stride_h, k_stride_s))
-    values = open_head(b, kv_head, (v, v_stride_b, v_stride_h, v_stride_s))
-    last = tl.minimum(i0 + BLOCK_M, q_len) - 1
-    begin, full_begin, full_end, end = band(
-        i0, last, kv_len, shift, left, right, FORM.left, FORM.right, BLOCK_N
-    )
-    width: tl.constexpr = FORM.block_d
-    acc = tl.zeros([BLOCK_M, width], tl.float32)
-    if FORM.left:
-        acc = gather_keys(acc, qt, dot, keys, values, row, begin, full_begin, i, slab, offsets,
-                          size, side, rule, drop, FORM, True, BLOCK_N)  # fmt: skip
-    acc = gather_keys(acc, qt, dot, keys, values, row, full_begin, full_end, i, slab, offsets, size,
-                      side, rule, drop, FORM, False, BLOCK_N)  # fmt: skip
-    if FORM.right_edge:
-        acc = gather_keys(acc, qt, dot, keys, values, row, full_end, end, i, slab, offsets, size,
-                          side, rule, drop, FORM, True, BLOCK_N)  # fmt: skip
-    dq_base, dq_stride = open_head(b, head, (dq, dq_stride_b, dq_stride_h, dq_stride_s))
-    store_rows(dq_base, i0, dq_stride, q_len, 0, FORM.head_dim, acc * scale)
-    if FORM.hides:
-        if not_finite(tl.where((i < q_len)[:, None], acc, 0.0)) != 0.0:
-            gather_keys_carefully(dq_base, dq_stride, i0, scale, qt, dot, keys, values, row, begin,
-                                  end, i, slab, offsets, size, side, rule, drop,
-                                  FORM)  # fmt: skip
+    of_q = (q, q_stride_b, q_stride_h, q_stride_s)
+    of_k = (k, k_stride_b, k_stride_h, k_stride_s)
+    of_v = (v, v_stride_b, v_stride_h, v_stride_s)
+    of_do = (dout, dout_stride_b, dout_stride_h, dout_stride_s)
+    of_dq = (dq, dq_stride_b, dq_stride_h, dq_stride_s)
+    if AGAIN:
+        at, stride = open_head(b, head, of_dq)
+        found = load_rows(at, i0, stride, q_len, BLOCK_M, FORM.head_dim, FORM.block_d,
+                          FORM.tail_edge)  # fmt: skip
+        if not_finite(found.to(tl.float32)) != 0.0:
+            query_block(i0, b, head, kv_head, heads, of_q, of_k, of_v, of_do, of_dq, terms, strides,
+                        size, side, rule, drop, FORM, BLOCK_M, BLOCK_N)  # fmt: skip
+    else:
+        query_block(i0, b, head, kv_head, heads, of_q, of_k, of_v, of_do, of_dq, terms, strides,
+                    size, side, rule, drop, FORM, BLOCK_M, BLOCK_N)  # fmt: skip

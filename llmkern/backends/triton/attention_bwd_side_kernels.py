@@ -10,7 +10,7 @@ pair_gradients: attention_bwd_kernels.py.
 import triton
 import triton.language as tl
 
-from llmkern.backends.triton.attention_bwd_kernels import load_levels
+from llmkern.backends.triton.attention_bwd_kernels import load_terms
 from llmkern.backends.triton.attention_bwd_query_kernels import query_tiles
 from llmkern.backends.triton.attention_mask_kernels import (
     INFINITY,
@@ -62,8 +62,7 @@ def attention_bwd_bias(
     slopes,
     seed,
     dout,
-    level,
-    delta,
+    terms,
     dbias,
     q_stride_b,
     q_stride_h,
@@ -151,7 +150,7 @@ def attention_bwd_bias(
                                True)  # fmt: skip
                 dot = load_rows(do_base, i0, do_stride, q_len, BLOCK_M, FORM.value_dim,
                                 FORM.block_dv, True)  # fmt: skip
-                row = load_levels((level, delta), tl.cast(slab, tl.int64) * q_len, i, q_len, True)
+                row = load_terms(terms, tl.cast(slab, tl.int64) * q_len, i, q_len, True)
                 last = tl.minimum(i0 + BLOCK_M, q_len) - 1
                 begin, full_begin, full_end, end = band(
                     i0, last, kv_len, shift, left, right, FORM.left, FORM.right, BLOCK_N
@@ -171,7 +170,7 @@ def attention_bwd_bias(
 def attention_bwd_sinks(
     sinks,
     lse,
-    delta,
+    terms,
     dsinks,
     batch,
     heads,
@@ -187,7 +186,7 @@ def attention_bwd_sinks(
         for i0 in range(0, q_len, BLOCK):
             i = i0 + tl.arange(0, BLOCK)
             row = tl.load(lse + at + i, mask=i < q_len, other=-INFINITY)
-            pull = tl.load(delta + at + i, mask=i < q_len, other=0.0)
+            toward = tl.load(terms + (at + i) * 2 + 1, mask=i < q_len, other=0.0)
             p = tl.exp2((sink - row) * LOG2E)
-            acc -= tl.where(row == -INFINITY, 0.0, p * pull)
+            acc += tl.where(row == -INFINITY, 0.0, p * toward)
     tl.store(dsinks + head, tl.sum(acc, 0))

@@ -23,6 +23,7 @@ from llmkern.backends.triton.attention_mask_kernels import (
     kept,
     load_columns,
     load_rows,
+    log2,
     not_finite,
     open_head,
     open_sides,
@@ -80,9 +81,9 @@ def open_rows(pid, tiles, heads, kv_heads, q_len, FORM: tl.constexpr, BLOCK_M: t
 def load_queries(at, rows, live, FORM: tl.constexpr):
     """The rows of q, 0 where there is none and beyond head_dim."""
     c = tl.arange(0, FORM.block_d)
-    inside = live[:, None]
-    if FORM.head_dim < FORM.block_d:
-        inside = inside & (c < FORM.head_dim)[None, :]
+    inside = (c < FORM.head_dim)[None, :]
+    if FORM.tail_edge:
+        inside = inside & live[:, None]
     return tl.load(at + rows[:, None] + c[None, :], mask=inside, other=0.0)
 
 
@@ -91,17 +92,19 @@ def start(sinks, head, live, FORM: tl.constexpr, BLOCK_M: tl.constexpr):
     """The state before the first key: a sink is a key with value 0."""
     width: tl.constexpr = FORM.block_dv
     top = tl.full([BLOCK_M], -INFINITY, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, 8], tl.float32)
     if FORM.sinks:
         top = tl.load(sinks + (head + tl.arange(0, BLOCK_M) * 0), mask=live, other=0.0)
-        total = tl.where(top == -INFINITY, 0.0, 1.0)
+        first = (tl.arange(0, 8) == 0)[None, :]
+        total = tl.where(first & (top != -INFINITY)[:, None], 1.0, 0.0)
     return tl.zeros([BLOCK_M, width], tl.float32), top, total
 
 
 @triton.jit
 def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
            FORM: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """state = (sum of p v, row maximum, sum of p), brought forward over the keys begin .. end."""
+    """state = (sum of p v, row maximum, sums of p), brought forward over the keys begin .. end. The
+    sums are [M, 8], of every eighth key: what one thread has, so that none is exchanged here."""
     acc, top, total = state
     k_base, k_stride = k
     v_base, v_stride = v
@@ -111,7 +114,8 @@ def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
     factor = rule[0]
     for j0 in range(begin, end, BLOCK_N):
         j0 = tl.multiple_of(j0, BLOCK_N)
-        kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d, EDGE)
+        kt = load_rows(k_base, j0, k_stride, kv_len, BLOCK_N, FORM.head_dim, FORM.block_d,
+                       EDGE and FORM.tail_edge)  # fmt: skip
         qk = tl.dot(q, tl.trans(kt), input_precision=FORM.precision)
         s, visible, derivative = tile_scores(
             qk, i[:, None], tl.arange(0, BLOCK_N)[None, :], 0, j0, bias_rows, mask_rows, slope,
@@ -121,18 +125,29 @@ def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
             s = tl.where(visible, s, -INFINITY)
         higher = tl.maximum(top, tl.max(s, 1))
         least = higher
-        if FORM.hides or FORM.sinks or FORM.split:  # else a row sees some key of every block
+        if EDGE or FORM.masked or FORM.split:  # else a row sees some key of every block
             least = tl.where(higher == -INFINITY, 0.0, higher)  # never inf - inf
         p = exponential(s, least[:, None], rule, FORM)
         fade = tl.exp2((top - least) * factor)
-        total = total * fade + tl.sum(p, 1)
+        total = total * fade[:, None] + tl.sum(tl.reshape(p, [p.shape[0], BLOCK_N // 8, 8]), 1)
         if FORM.dropout:
             p = tl.where(kept(keys, slab, i, j0, threshold, BLOCK_N), p, 0.0)
         acc = acc * fade[:, None]
-        vt = load_rows(v_base, j0, v_stride, kv_len, BLOCK_N, FORM.value_dim, FORM.block_dv, EDGE)
+        vt = load_rows(v_base, j0, v_stride, kv_len, BLOCK_N, FORM.value_dim, FORM.block_dv,
+                       EDGE and FORM.tail_edge)  # fmt: skip
         acc = tl.dot(p.to(vt.dtype), vt, acc, input_precision=FORM.precision)
         top = higher
     return acc, top, total
+
+
+@triton.jit
+def half_of(acc):
+    """Every other group of 8 rows of acc [M, E], enough to look for what hidden values brought in:
+    a row of v that is not finite leaves its mark in each row of acc, 0 * inf being NaN."""
+    groups: tl.constexpr = acc.shape[0] // 16
+    parts = tl.permute(tl.reshape(acc, [groups, 2, 8, acc.shape[1]]), [0, 2, 3, 1])
+    first, _ = tl.split(parts)
+    return tl.reshape(first, [groups * 8, acc.shape[1]])
 
 
 @triton.jit
@@ -273,13 +288,19 @@ def attention_fwd(
     if FORM.left:
         state = attend(state, tile_q, keys, values, begin, full_begin, i, slab, offsets, size,
                        side, rule, drop, FORM, True, BLOCK_N)  # fmt: skip
-    state = attend(state, tile_q, keys, values, full_begin, full_end, i, slab, offsets, size, side,
-                   rule, drop, FORM, False, BLOCK_N)  # fmt: skip
+    if FORM.right_edge and FORM.sees_first and not FORM.split:
+        # The last block counts as one of the edge, whose loop then runs in any case, and first:
+        # what it has to set up serves the other loop too.
+        full_end = tl.minimum(full_end, (end - 1) // BLOCK_N * BLOCK_N)
+        tl.assume(full_end < end)
     if FORM.right_edge:
         state = attend(state, tile_q, keys, values, full_end, end, i, slab, offsets, size, side,
                        rule, drop, FORM, True, BLOCK_N)  # fmt: skip
-    acc, top, total = state
-    row_lse = top * unit + tl.log2(total) * LN2
+    state = attend(state, tile_q, keys, values, full_begin, full_end, i, slab, offsets, size, side,
+                   rule, drop, FORM, False, BLOCK_N)  # fmt: skip
+    acc, top, parts = state
+    total = tl.sum(parts, 1)
+    row_lse = top * unit + log2(total, FORM.sharp) * LN2
     if FORM.hides or FORM.sinks or FORM.split:
         total = tl.where(total == 0.0, 1.0, total)
     acc = acc * (drop_scale / total)[:, None]
@@ -288,12 +309,16 @@ def attention_fwd(
     if FORM.split:
         lse_rows = lse_rows + part * tl.cast(part_rows, tl.int64)
         out = out + part * tl.cast(part_rows, tl.int64) * FORM.value_dim
-    tl.store(lse + lse_rows, row_lse, mask=live)
     c = tl.arange(0, FORM.block_dv)
-    tl.store(out + out_rows[:, None] + c[None, :], acc.to(out.dtype.element_ty),
-             mask=live[:, None] & (c < FORM.value_dim)[None, :])  # fmt: skip
+    inside = (c < FORM.value_dim)[None, :]
+    if FORM.tail_edge:
+        inside = inside & live[:, None]
+        tl.store(lse + lse_rows, row_lse, mask=live)
+    else:
+        tl.store(lse + lse_rows, row_lse)
+    tl.store(out + out_rows[:, None] + c[None, :], acc.to(out.dtype.element_ty), mask=inside)
     if FORM.hides:
-        if not_finite(acc) != 0.0:  # rows that do not exist see what the last one sees
+        if not_finite(half_of(acc)) != 0.0:
             rows_of_q = place(b, head, i, first, (q, q_stride_b, q_stride_h, q_stride_s), FORM)
             attend_carefully(out, out_rows, live, drop_scale, row_lse / unit, rows_of_q, keys,
                              values, begin, end, i, slab, offsets, size, side, rule, drop,

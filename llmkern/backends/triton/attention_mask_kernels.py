@@ -17,12 +17,14 @@ the formula.
 import triton
 import triton.language as tl
 
+from llmkern.backends.triton import _launch
 from llmkern.backends.triton.philox_kernels import attention_keep
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
 # The careful passes take little at a time: what they need then fits beside what waits for them.
+INTERPRETED = tl.constexpr(_launch.interpreted())  # the interpreter knows no PTX
 CAREFUL_COLUMNS = tl.constexpr(16)
 CAREFUL_KEYS = tl.constexpr(32)
 CAREFUL_QUERIES = tl.constexpr(16)
@@ -139,25 +141,42 @@ def tanh(x, SHARP: tl.constexpr):
 
 
 @triton.jit
+def columns_up_to(last, COLS: tl.constexpr):
+    """[R, COLS]: whether a column, counted from 0, is at most last [R, 1]. In a product's layout a
+    thread has columns 8 a + e + lane part with constants a and e: comparing these takes neither a
+    register for each column nor, as comparing whole tiles of indices would, LLVM to vectorise the
+    comparisons and unpack their bits one by one."""
+    lane = tl.reshape(tl.arange(0, 4) * 2, [1, 1, 4, 1])
+    own = tl.arange(0, COLS // 8)[:, None] * 8 + tl.arange(0, 2)[None, :]
+    own = tl.reshape(own, [1, COLS // 8, 1, 2])
+    rows: tl.constexpr = last.shape[0]
+    return tl.reshape(own <= tl.reshape(last, [rows, 1, 1, 1]) - lane, [rows, COLS])
+
+
+@triton.jit
 def in_band(i, j, i0, j0, size, FORM: tl.constexpr):
-    """Is key j0 + j there and in the window of query i0 + i. The scalars go to the index that is a
-    column of the tile: comparing two invariant tiles with a moving scalar makes LLVM vectorise the
-    comparisons, and unpack 64 bits one by one."""
+    """Is key j0 + j there and in the window of query i0 + i. One of i and j is a row 0, 1, ..."""
     q_len, kv_len, shift, left, right = size
     if i.shape[1] == 1:
-        last = i * 0 + (kv_len - 1 - j0)
-        if FORM.right:
-            last = tl.minimum(i + (i0 + shift + right - j0), last)
-        visible = j <= last
+        if FORM.right and not FORM.tail_edge:
+            last = i + (i0 + shift + right - j0)
+        else:
+            last = i * 0 + (kv_len - 1 - j0)
+            if FORM.right:
+                last = tl.minimum(i + (i0 + shift + right - j0), last)
+        visible = columns_up_to(last, j.shape[1])
         if FORM.left:
-            visible = visible & (j >= i + (i0 + shift - left - j0))
+            hidden = columns_up_to(i + (i0 + shift - left - j0 - 1), j.shape[1])
+            visible = visible & (hidden == 0)
     else:
-        first = j * 0 - i0
+        before = j * 0 - i0 - 1
         if FORM.right:
-            first = j + (j0 - shift - right - i0)
-        visible = i >= tl.where(j < kv_len - j0, first, q_len - i0)
+            before = j + (j0 - shift - right - i0 - 1)
+        if FORM.tail_edge:
+            before = tl.where(j < kv_len - j0, before, q_len - i0)
+        visible = columns_up_to(before, i.shape[1]) == 0
         if FORM.left:
-            visible = visible & (i <= j + (j0 - shift + left - i0))
+            visible = visible & columns_up_to(j + (j0 - shift + left - i0), i.shape[1])
     return visible
 
 
@@ -200,6 +219,16 @@ def tile_scores(qk, i, j, i0, j0, bias_rows, mask_rows, slope, size, side, rule,
     if FORM.key_mask:
         visible = visible & (tl.load(key_mask + at, mask=at < kv_len, other=0) != 0)
     return s, visible, derivative
+
+
+@triton.jit
+def log2(x, SHARP: tl.constexpr):
+    """Logarithm of sums of 1 and more, or 0; unless SHARP by one instruction, to 2^-22."""
+    if SHARP or INTERPRETED:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise(
+        "lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit

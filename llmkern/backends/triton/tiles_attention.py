@@ -20,6 +20,7 @@ class Form(NamedTuple):
     right_edge: bool  # blocks at the right need a mask: right, or a last block that is not full
     tail_edge: bool  # the same of the last blocks of queries that a block of keys meets
     masked: bool  # bias, mask or key_mask: any pair may be hidden
+    sees_first: bool  # every query's window begins at key 0 and holds it
     hides: bool  # some pair of existing query and key may be hidden
     bias: bool
     mask: bool
@@ -100,6 +101,7 @@ def form(spec: AttentionSpec, precision: str) -> Form:
         right_edge=right or spec.kv_len % LARGEST_BLOCK != 0,
         tail_edge=left or spec.q_len % LARGEST_BLOCK != 0 or spec.kv_len % LARGEST_BLOCK != 0,
         masked=masked,
+        sees_first=not left and spec.shift + spec.right >= 0 and spec.kv_len > 0,
         hides=left or right or masked,
         bias=spec.bias,
         mask=spec.mask,
@@ -234,6 +236,34 @@ def pick_queries(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     return tile._replace(block_m=min(tile.block_m, padded(spec.q_len)))
 
 
+# One pass for dk, dv and dq: five products where two passes make seven, at the price of waiting for
+# one another and of float32 sums of dq in memory. As _KEYS; by the width of q, k and of v.
+_FUSED = {
+    (80, 2): {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2)},
+    (86, 2): {64: Tile(32, 128, 8, 2)},
+    (90, 2): {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2)},
+    (100, 2): {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2)},
+}
+# By how many warps Triton divides the rows of a product [block_m, width].
+_WARP_ROWS = {64: 2, 128: 1}
+
+
+class Fused(NamedTuple):
+    tile: Tile
+    warp_rows: int
+
+
+def pick_fused(spec: AttentionSpec, shape: Form, capability: int) -> Fused | None:
+    """Of the one pass for all of dq, dk and dv, or None where two passes run instead: where some
+    query does not see key 0, whose block begins each sum; and where what a call has beside the
+    scores leaves the third sum no registers."""
+    beside = shape.softcap or shape.slopes or shape.dropout or shape.bias or shape.mask
+    if beside or not shape.sees_first or shape.block_d != shape.block_dv:
+        return None
+    tile = _FUSED.get((architecture(capability), spec.dtype.itemsize), {}).get(shape.block_d)
+    return None if tile is None else Fused(tile, _WARP_ROWS[shape.block_d])
+
+
 class Wide(NamedTuple):
     """Along which dims a bias is broadcast, so that its gradient is a sum."""
 
@@ -263,5 +293,5 @@ def pick_combine(shape: Form) -> Tile:
 
 
 def pick_rows(shape: Form) -> Tile:
-    """Of the kernel over rows of out: 4096 elements a program."""
-    return Tile(max(1, 4096 // shape.block_dv), 0, 4, 1)
+    """Of the kernel over rows of out: 8192 elements a program."""
+    return Tile(max(1, 8192 // shape.block_dv), 0, 4, 1)
