@@ -180,12 +180,12 @@ FIGURES: dict[tuple[str, str], Figures] = {
     ("attention", "16-bit"): Figures(
         "kernels/attention/causal/B1xH2xS512xD64/bf16/fwd+bwd",
         Counts(370355, 157000, 3840800, 61952),
-        Counts(561384, 241536, 5046272, 82944),
+        Counts(449420, 213592, 3972352, 69632),
     ),
     ("attention", "few rows"): Figures(
         "kernels/attention/B1xH8xS1xT1024xD64/bf16/fwd",
         Counts(188808, 83464, 2099456, 32768),
-        Counts(139880, 60424, 2120736, 8192),
+        Counts(139368, 77576, 2120736, 8192),
     ),
     ("linear", "16-bit"): Figures(
         "kernels/linear/M512xK512xN512/bf16/fwd+bwd",
