@@ -53,8 +53,10 @@ void note_race(const Launch& launch, const Found& found) {
 // Calls f(allocation, lanes) for the lanes of each allocation, under its lock. Lanes outside all of
 // them are left out: bounds are not checked then.
 template <class F>
-void for_allocations(Warp& w, uint32_t mask, const uint64_t* address, int bytes, const F& f) {
-  const auto size = static_cast<uint64_t>(bytes);
+void for_allocations(Warp& w, const Accesses& accesses, const F& f) {
+  const uint64_t* address = accesses.address;
+  const auto size = static_cast<uint64_t>(accesses.bytes);
+  uint32_t mask = accesses.mask;
   while (mask != 0) {
     const Allocation* a = w.launch->registry.find(address[__builtin_ctz(mask)], size);
     if (a == nullptr) {
@@ -184,9 +186,10 @@ void prepare_global_races(Launch* launch) {
   launch->follow = reads_of_stored_memory(*launch);
 }
 
-void record_global_reads(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                         int bytes) {
-  for_allocations(w, mask, address, bytes, [&](const Allocation& a, uint32_t lanes) {
+void record_global_reads(Warp& w, const Instr& in, const Accesses& accesses) {
+  const uint64_t* address = accesses.address;
+  const int bytes = accesses.bytes;
+  for_allocations(w, accesses, [&](const Allocation& a, uint32_t lanes) {
     if (w.launch->order == nullptr && a.reads == nullptr) a.reads.reset(zeroed<ReadRecord>(a));
     const auto granule = static_cast<uint64_t>(a.granule);
     for_lanes(lanes, [&](int l) {
@@ -203,10 +206,12 @@ void record_global_reads(Warp& w, const Instr& in, uint32_t mask, const uint64_t
   });
 }
 
-void record_global_stores(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                          int bytes, const char* data, int stride) {
+void record_global_stores(Warp& w, const Instr& in, const Accesses& accesses, const char* data,
+                          int stride) {
+  const uint64_t* address = accesses.address;
+  const int bytes = accesses.bytes;
   if (w.launch->kernel->has_global_atomics && w.launch->order == nullptr) return;
-  for_allocations(w, mask, address, bytes, [&](const Allocation& a, uint32_t lanes) {
+  for_allocations(w, accesses, [&](const Allocation& a, uint32_t lanes) {
     if (w.launch->order == nullptr && a.stores == nullptr) a.stores.reset(zeroed<StoreRecord>(a));
     by_granule(a, [&](auto granule) {
       for_lanes(lanes, [&](int l) {
@@ -220,10 +225,12 @@ void record_global_stores(Warp& w, const Instr& in, uint32_t mask, const uint64_
   });
 }
 
-void record_global_atomics(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                           int bytes, GlobalAccessKind kind) {
+void record_global_atomics(Warp& w, const Instr& in, const Accesses& accesses,
+                           GlobalAccessKind kind) {
+  const uint64_t* address = accesses.address;
+  const int bytes = accesses.bytes;
   GlobalOrder& order = *w.launch->order;
-  for_allocations(w, mask, address, bytes, [&](const Allocation& a, uint32_t lanes) {
+  for_allocations(w, accesses, [&](const Allocation& a, uint32_t lanes) {
     if (a.order == nullptr) a.order.reset(zeroed<OrderRecord>(a));
     const auto record = [&](int l) -> OrderRecord& {
       return a.order[(address[l] - a.begin) / a.granule];

@@ -12,7 +12,11 @@ namespace {
 constexpr uint8_t kNobody = 0xff, kMany = 0xfe;
 constexpr uint32_t kWrap = 0xf0000000u;
 constexpr size_t kMostListed = 64;
-constexpr uint32_t kGranule = 16;
+constexpr uint32_t kGranule = 16, kAllUnits = 0xff;
+
+constexpr int granules_of_row(int bytes) {
+  return kLanes * bytes / static_cast<int>(kGranule);
+}
 
 // Calls f(word address, byte mask) for each word of [address, address + bytes).
 template <class F>
@@ -187,6 +191,10 @@ void LaneShadow::record_write(const Order& o, LaneWord* word, int index, int lan
 void LaneShadow::forget_list(Order& o) {
   for (size_t i = 0; i < o.listed; ++i) {
     const Listed& before = o.list[i];
+    if (before.row) {
+      std::fill_n(&o.touched[before.address[0] / kGranule], granules_of_row(before.bytes), 0);
+      continue;
+    }
     for_lanes(before.mask, [&](int l) {
       uint16_t* touched = &o.touched[before.address[l] / kGranule];
       touched[0] = 0;
@@ -197,36 +205,29 @@ void LaneShadow::forget_list(Order& o) {
 }
 
 // Accesses are aligned to their size.
-template <class Address>
-bool LaneShadow::listed(Order& o, Touch touch, int index, uint32_t mask, const Address* address,
-                        int bytes) {
+bool LaneShadow::listed(Order& o, Touch touch, int index, const Accesses& a) {
   if (o.in_words || o.listed == kMostListed) return false;
   if (o.listed == o.list.size()) o.list.emplace_back();
   Listed& now = o.list[o.listed++];
   now.touch = touch;
+  now.row = a.row && a.address[0] % kGranule == 0;
   now.index = index;
-  now.bytes = bytes;
-  now.mask = mask;
-  const bool wide = bytes > static_cast<int>(kGranule);
-  const uint32_t units = wide ? 0xff : (1u << (bytes + 1) / 2) - 1;
+  now.bytes = a.bytes;
+  now.mask = a.mask;
   // A write meets those before it and reads, a read writes.
   const uint32_t meets = touch == Touch::kRead ? 1 : touch == Touch::kWrite ? 0x101 : 0;
   const uint32_t sets = touch == Touch::kRead ? 0x100 : 1;
   uint32_t met = 0;
-  const auto mark = [&](int l) {
-    const auto a = static_cast<uint32_t>(address[l]);
-    now.address[l] = a;
-    const uint32_t mine = units << (a % kGranule / 2);
-    uint16_t* touched = &o.touched[a / kGranule];
-    for (int i = 0; i <= static_cast<int>(wide); ++i) {
-      met |= touched[i] & (mine * meets);
-      touched[i] = static_cast<uint16_t>(touched[i] | mine * sets);
+  if (now.row) {
+    now.address[0] = static_cast<uint32_t>(a.address[0]);
+    uint16_t* touched = &o.touched[now.address[0] / kGranule];
+    for (int i = 0; i < granules_of_row(a.bytes); ++i) {
+      met |= touched[i];
+      touched[i] = static_cast<uint16_t>(touched[i] | kAllUnits * sets);
     }
-  };
-  if (mask == kAllLanes) {
-    for (int l = 0; l < kLanes; ++l) mark(l);
+    met &= kAllUnits * meets;
   } else {
-    for_lanes(mask, mark);
+    met = mark(o, a, meets, sets, now.address);
   }
   if (met == 0) return true;
   const size_t before = o.listed - 1;
@@ -235,12 +236,36 @@ bool LaneShadow::listed(Order& o, Touch touch, int index, uint32_t mask, const A
   return false;
 }
 
+uint32_t LaneShadow::mark(Order& o, const Accesses& a, uint32_t meets, uint32_t sets,
+                          uint32_t* address) {
+  const bool wide = a.bytes > static_cast<int>(kGranule);
+  const uint32_t units = wide ? kAllUnits : (1u << (a.bytes + 1) / 2) - 1;
+  uint32_t met = 0;
+  const auto mark_lane = [&](int l) {
+    address[l] = static_cast<uint32_t>(a.address[l]);
+    const uint32_t mine = units << (address[l] % kGranule / 2);
+    uint16_t* touched = &o.touched[address[l] / kGranule];
+    for (int i = 0; i <= static_cast<int>(wide); ++i) {
+      met |= touched[i] & (mine * meets);
+      touched[i] = static_cast<uint16_t>(touched[i] | mine * sets);
+    }
+  };
+  if (a.mask == kAllLanes) {
+    for (int l = 0; l < kLanes; ++l) mark_lane(l);
+  } else {
+    for_lanes(a.mask, mark_lane);
+  }
+  return met;
+}
+
 void LaneShadow::move_to_words(Warp& w, Order& o) {
   for (size_t i = 0; i < o.listed; ++i) {
     const Listed& before = o.list[i];
     ++instance_;
     for_lanes(before.mask, [&](int l) {
-      for_words(before.address[l], before.bytes, [&](uint32_t a, uint8_t m) {
+      const uint32_t at = before.row ? before.address[0] + static_cast<uint32_t>(l * before.bytes)
+                                     : before.address[l];
+      for_words(at, before.bytes, [&](uint32_t a, uint8_t m) {
         if (before.touch != Touch::kRead) {
           record_write(o, &word_of(w, a), before.index, l, m);
         } else {
@@ -253,28 +278,27 @@ void LaneShadow::move_to_words(Warp& w, Order& o) {
   o.in_words = true;
 }
 
-void LaneShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
+void LaneShadow::read(Warp& w, const Instr& in, const Accesses& a) {
   Order& o = order_[static_cast<size_t>(w.id)];
   // All lanes met just now and meet again after this read: nothing can race with it.
   if (in.kind == Kind::kAligned && !o.partial && !o.in_words && o.listed == 0) return;
-  if (listed(o, Touch::kRead, in.index, mask, address, bytes)) return;
+  if (listed(o, Touch::kRead, in.index, a)) return;
   move_to_words(w, o);
-  for_lanes(mask, [&](int l) {
-    for_words(static_cast<uint32_t>(address[l]), bytes,
-              [&](uint32_t a, uint8_t m) { touch_read(w, o, in.index, l, a, m); });
+  for_lanes(a.mask, [&](int l) {
+    for_words(static_cast<uint32_t>(a.address[l]), a.bytes,
+              [&](uint32_t at, uint8_t m) { touch_read(w, o, in.index, l, at, m); });
   });
 }
 
-void LaneShadow::write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-                       const char* data, int stride) {
+void LaneShadow::write(Warp& w, const Instr& in, const Accesses& a, const char* data, int stride) {
   Order& o = order_[static_cast<size_t>(w.id)];
-  if (listed(o, Touch::kWrite, in.index, mask, address, bytes)) return;
+  if (listed(o, Touch::kWrite, in.index, a)) return;
   move_to_words(w, o);
-  const Store store{address, data, stride};
+  const Store store{a.address, data, stride};
   ++instance_;
-  for_lanes(mask, [&](int l) {
-    for_words(static_cast<uint32_t>(address[l]), bytes,
-              [&](uint32_t a, uint8_t m) { touch_write(w, o, in.index, l, a, m, store); });
+  for_lanes(a.mask, [&](int l) {
+    for_words(static_cast<uint32_t>(a.address[l]), a.bytes,
+              [&](uint32_t at, uint8_t m) { touch_write(w, o, in.index, l, at, m, store); });
   });
 }
 
@@ -292,14 +316,14 @@ void LaneShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, in
   });
 }
 
-void LaneShadow::land_copy(Warp& w, int index, uint32_t mask, const uint32_t* address, int bytes) {
+void LaneShadow::land_copies(Warp& w, int index, const Accesses& a) {
   Order& o = order_[static_cast<size_t>(w.id)];
-  if (mask == 0 || listed(o, Touch::kLanding, index, mask, address, bytes)) return;
+  if (listed(o, Touch::kLanding, index, a)) return;
   move_to_words(w, o);
   ++instance_;
-  for_lanes(mask, [&](int l) {
-    for_words(address[l], bytes,
-              [&](uint32_t a, uint8_t m) { record_write(o, &word_of(w, a), index, l, m); });
+  for_lanes(a.mask, [&](int l) {
+    for_words(static_cast<uint32_t>(a.address[l]), a.bytes,
+              [&](uint32_t at, uint8_t m) { record_write(o, &word_of(w, at), index, l, m); });
   });
 }
 

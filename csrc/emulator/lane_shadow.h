@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ir.h"
+#include "accesses.h"
 
 namespace llmkern {
 namespace emulator {
@@ -37,21 +37,21 @@ class LaneShadow {
   void meet(Warp& w, uint32_t mask);
 
   // As in SharedShadow. Throw Fault.
-  void read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes);
+  void read(Warp& w, const Instr& in, const Accesses& a);
   // `data` may be null: what will be written is not known.
-  void write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-             const char* data, int stride);
+  void write(Warp& w, const Instr& in, const Accesses& a, const char* data, int stride);
   void atomic(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
   // cp.async: its issue is checked as a write, its end is one.
-  void land_copy(Warp& w, int index, uint32_t mask, const uint32_t* address, int bytes);
+  void land_copies(Warp& w, int index, const Accesses& a);
 
  private:
   enum class Touch : uint8_t { kRead, kWrite, kLanding };
   struct Listed {
     Touch touch;
+    bool row;
     int index, bytes;
     uint32_t mask;
-    uint32_t address[kLanes];
+    uint32_t address[kLanes];  // of a row the first
   };
   struct Order {
     uint32_t base = 0, tick = 1;
@@ -73,8 +73,9 @@ class LaneShadow {
     return tick <= o.base || (o.partial && o.seen[lane][other] >= tick);
   }
   // Lists an access if it cannot race with those before it; the end of a copy races with nothing.
-  template <class Address>
-  bool listed(Order& o, Touch touch, int index, uint32_t mask, const Address* address, int bytes);
+  bool listed(Order& o, Touch touch, int index, const Accesses& a);
+  // Marks the 2-byte units of the lanes; returns what they met.
+  uint32_t mark(Order& o, const Accesses& a, uint32_t meets, uint32_t sets, uint32_t* address);
   void forget_list(Order& o);
   void move_to_words(Warp& w, Order& o);
   void touch_read(Warp& w, const Order& o, int index, int lane, uint32_t address, uint8_t mask);

@@ -89,10 +89,12 @@ struct AsyncCopy {
   uint32_t mask = 0;
   uint32_t group = 0;  // by commit count of the lanes
   uint8_t bytes = 0;
+  bool row = false;   // as in Accesses
+  bool full = false;  // no source is shorter
   int32_t index = 0;  // instruction
-  uint32_t to[kLanes];
-  uint32_t size[kLanes];  // of the source, the rest is zero
+  uint64_t to[kLanes];
   uint64_t from[kLanes];
+  uint32_t size[kLanes];  // of the source, the rest is zero
 };
 
 struct Group {  // lanes of a warp at one place

@@ -14,72 +14,89 @@ namespace {
 
 constexpr uint32_t kMostBytes = 16;
 
-void land(Warp& w, const AsyncCopy& copy, uint32_t lanes, int index) {
+void move(Warp& w, const AsyncCopy& copy, uint32_t lanes) {
+  if (copy.full && copy.bytes == kMostBytes && lanes == kAllLanes) {
+    for (int l = 0; l < kLanes; ++l)
+      std::memcpy(w.shared + copy.to[l], reinterpret_cast<const char*>(copy.from[l]), kMostBytes);
+    return;
+  }
   for_lanes(lanes, [&](int l) {
     char* to = w.shared + copy.to[l];
-    const char* from = reinterpret_cast<const char*>(copy.from[l]);
-    if (copy.size[l] == kMostBytes) {
-      std::memcpy(to, from, kMostBytes);
-    } else {
-      std::memcpy(to, from, copy.size[l]);
-      std::memset(to + copy.size[l], 0, copy.bytes - copy.size[l]);
-    }
-    if (w.options->races || w.options->uninitialised)
-      w.worker->shadow.land_copy(w, index, copy.to[l], copy.bytes);
+    std::memcpy(to, reinterpret_cast<const char*>(copy.from[l]), copy.size[l]);
+    std::memset(to + copy.size[l], 0, copy.bytes - copy.size[l]);
   });
-  if (w.options->warp_races) w.worker->lanes->land_copy(w, index, lanes, copy.to, copy.bytes);
+}
+
+void land(Warp& w, const AsyncCopy& copy, uint32_t lanes, int index) {
+  if (lanes == 0) return;
+  move(w, copy, lanes);
+  const Accesses a(lanes, copy.to, copy.bytes, copy.row && lanes == kAllLanes);
+  if (w.options->races || w.options->uninitialised) w.worker->shadow.land_copies(w, index, a);
+  if (w.options->warp_races) w.worker->lanes->land_copies(w, index, a);
+}
+
+// What is read of global memory: all of it, or the first bytes.
+void read_source(Warp& w, const Instr& in, uint32_t mask, const AsyncCopy& copy) {
+  uint32_t reading = mask, whole = mask;
+  if (!copy.full) {
+    reading &= lane_mask([&](int l) { return copy.size[l] != 0; });
+    whole &= lane_mask([&](int l) { return copy.size[l] == in.bytes; });
+  }
+  if (reading == 0) return;
+  const Accesses a(reading, copy.from, in.bytes);
+  if (whole == reading) {
+    check_global(w, in, a, Access::kAsyncRead);
+  } else {
+    if (whole != 0)
+      check_global(w, in, Accesses(whole, copy.from, in.bytes), Access::kAsyncRead);
+    for_lanes(reading & ~whole, [&](int l) {
+      uint64_t byte[kLanes];
+      for (uint32_t i = 0; i < copy.size[l]; ++i) {
+        byte[l] = copy.from[l] + i;
+        check_global(w, in, Accesses(1u << l, byte, 1), Access::kAsyncRead);
+      }
+    });
+  }
+  count_global(w, in, a);
+  if (w.options->global_races && w.launch->follow[static_cast<size_t>(in.index)] != 0)
+    record_global_reads(w, in, a);
 }
 
 // r: to, from, size of the source; imm and mode: their offsets.
 void issue(Warp& w, const Instr& in, uint32_t mask) {
-  uint64_t to[kLanes], from[kLanes];
   const uint32_t* size = w.at<uint32_t>(in.r[2]);
-  effective_addresses(w, in, to);
   const uint64_t* base = w.at<uint64_t>(in.r[1]);
-  uint32_t reading = 0;
+  const auto offset = static_cast<uint64_t>(static_cast<int32_t>(in.mode));
   AsyncCopy copy;
   copy.bytes = in.bytes;
   copy.index = in.index;
-  for_lanes(mask, [&](int l) {
-    to[l] &= ~kWindowMask;
-    from[l] = base[l] + static_cast<uint64_t>(static_cast<int32_t>(in.mode));
+  effective_addresses(w, in, copy.to);
+  uint32_t other = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    copy.to[l] &= ~kWindowMask;
+    copy.from[l] = base[l] + offset;
+    copy.size[l] = size[l];
+    other |= size[l] ^ in.bytes;
+  }
+  copy.full = other == 0;
+  for_lanes(copy.full ? 0 : mask, [&](int l) {
     if (size[l] > in.bytes)
       throw Fault{"bad cp.async",
                   "a source of " + std::to_string(size[l]) + " bytes for a copy of " +
                       std::to_string(in.bytes),
                   l, -1};
-    if (size[l] != 0) reading |= 1u << l;
-    copy.to[l] = static_cast<uint32_t>(to[l]);
-    copy.from[l] = from[l];
-    copy.size[l] = size[l];
   });
-  check_shared(w, in, mask, to, in.bytes, "cp.async write");
-  count_shared(w, in, mask, to, in.bytes);
-  if (reading != 0) {
-    uint32_t whole = 0;
-    for_lanes(reading, [&](int l) { whole |= uint32_t{size[l] == in.bytes} << l; });
-    if (whole != 0) check_global(w, in, whole, from, in.bytes, Access::kAsyncRead);
-    for_lanes(reading & ~whole, [&](int l) {  // only the first bytes are read
-      uint64_t byte[kLanes];
-      for (uint32_t i = 0; i < size[l]; ++i) {
-        byte[l] = from[l] + i;
-        check_global(w, in, 1u << l, byte, 1, Access::kAsyncRead);
-      }
-    });
-    count_global(w, in, reading, from, in.bytes);
-    if (w.options->global_races && w.launch->follow[static_cast<size_t>(in.index)] != 0)
-      record_global_reads(w, in, reading, from, in.bytes);
-  }
-  if (w.options->races || w.options->uninitialised) {
-    for_lanes(mask, [&](int l) { w.worker->shadow.launch_copy(w, in, l, copy.to[l], in.bytes); });
-  }
-  if (w.options->warp_races) w.worker->lanes->write(w, in, mask, to, in.bytes, nullptr, 0);
+  const Accesses to(mask, copy.to, in.bytes);
+  copy.row = to.row;
+  check_shared(w, to, "cp.async write");
+  count_shared(w, in, to);
+  read_source(w, in, mask, copy);
+  if (w.options->races || w.options->uninitialised) w.worker->shadow.launch_copies(w, in, to);
+  if (w.options->warp_races) w.worker->lanes->write(w, in, to, nullptr, 0);
   // Lanes that have committed different numbers of groups are kept apart.
   for (uint32_t left = mask; left != 0;) {
-    const uint32_t group = w.committed[__builtin_ctz(left)];
-    copy.mask = 0;
-    for_lanes(left, [&](int l) { copy.mask |= uint32_t{w.committed[l] == group} << l; });
-    copy.group = group;
+    copy.group = w.committed[__builtin_ctz(left)];
+    copy.mask = left & lane_mask([&](int l) { return w.committed[l] == copy.group; });
     w.copies.push_back(copy);
     left &= ~copy.mask;
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "accesses.h"
 #include "machine.h"
 
 namespace llmkern {
@@ -31,20 +32,20 @@ constexpr uint8_t kAll = 0xf;
 // Calls whole(lane, address) for each granule that lanes touch all of, several lanes of a row
 // together, and rest(lane) for the other lanes.
 template <class Whole, class Rest>
-inline void for_granules(uint32_t mask, const uint64_t* address, int bytes, const Whole& whole,
-                         const Rest& rest) {
-  if (bytes >= kGranule) {
-    return for_lanes(mask, [&](int l) {
-      for (int i = 0; i < bytes; i += kGranule)
+inline void for_granules(const Accesses& a, const Whole& whole, const Rest& rest) {
+  const uint64_t* address = a.address;
+  if (a.bytes >= kGranule) {
+    return for_lanes(a.mask, [&](int l) {
+      for (int i = 0; i < a.bytes; i += kGranule)
         whole(l, static_cast<uint32_t>(address[l]) + static_cast<uint32_t>(i));
     });
   }
-  if (mask != kAllLanes) return for_lanes(mask, rest);
-  const int lanes = kGranule / bytes;
+  if (a.mask != kAllLanes) return for_lanes(a.mask, rest);
+  const int lanes = kGranule / a.bytes;
   for (int first = 0; first < kLanes; first += lanes) {
     uint64_t apart = address[first] & (kGranule - 1);
-    for (int l = first + 1; l < first + lanes; ++l)
-      apart |= address[l] ^ (address[first] + static_cast<uint64_t>((l - first) * bytes));
+    for (int l = first + 1; l < first + lanes && !a.row; ++l)
+      apart |= address[l] ^ (address[first] + static_cast<uint64_t>((l - first) * a.bytes));
     if (apart == 0) {
       whole(first, static_cast<uint32_t>(address[first]));
     } else {
@@ -52,6 +53,27 @@ inline void for_granules(uint32_t mask, const uint64_t* address, int bytes, cons
     }
   }
 }
+
+// Granules that an instruction touches are mostly alike: what was found and done for one holds for
+// another one with the same record.
+class Repeated {
+ public:
+  bool done(ShadowGranule* g) const {
+    if (!known_ || std::memcmp(g, &before_, sizeof *g) != 0) return false;
+    *g = after_;
+    return true;
+  }
+  void remember(const ShadowGranule& before, const ShadowGranule& after) {
+    if (before.split) return;  // its words count
+    before_ = before;
+    after_ = after;
+    known_ = true;
+  }
+
+ private:
+  bool known_ = false;
+  ShadowGranule before_, after_;
+};
 
 }  // namespace
 
@@ -95,7 +117,7 @@ bool SharedShadow::join(uint32_t granule) {
     if (std::memcmp(first, first + i, sizeof *first) != 0) return false;
   }
   granules_[granule].whole = *first;
-  granules_[granule].split = false;
+  granules_[granule].split = 0;
   return true;
 }
 
@@ -108,7 +130,7 @@ ShadowWord* SharedShadow::whole_for_write(const Warp& w, uint32_t address) {
     if (!plain_write(w, words[i]) || words[i].read_epoch > w.all_seen) return nullptr;
   }
   g.whole = ShadowWord();
-  g.split = false;
+  g.split = 0;
   return &g.whole;
 }
 
@@ -116,7 +138,7 @@ ShadowWord& SharedShadow::word(uint32_t address) {
   ShadowGranule& g = granules_[address / kGranule];
   if (!g.split) {
     std::fill_n(&words_[address / kGranule * kWords], kWords, g.whole);
-    g.split = true;
+    g.split = 1;
   }
   return words_[address / 4];
 }
@@ -280,39 +302,53 @@ void SharedShadow::write_words(Warp& w, const Instr& in, int lane, uint32_t addr
   });
 }
 
-void SharedShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                        int bytes) {
+void SharedShadow::read(Warp& w, const Instr& in, const Accesses& a) {
   const uint32_t at = place(w, in.index);
-  const int step = std::min(bytes, kGranule);
+  const int step = std::min(a.bytes, kGranule);
+  Repeated repeated;
   const auto rest = [&](int l) {
-    read_words(w, in, l, static_cast<uint32_t>(address[l]), bytes);
+    read_words(w, in, l, static_cast<uint32_t>(a.address[l]), a.bytes);
   };
-  const auto whole = [&](int l, uint32_t a) {
-    ShadowWord* const word = this->whole(a);
-    if (word != nullptr && plain_read(w, *word, kAll)) return record_read(w, at, word, kAll);
+  const auto whole = [&](int l, uint32_t address) {
+    ShadowGranule& g = granules_[address / kGranule];
+    if (repeated.done(&g)) return;
+    const ShadowGranule before = g;
+    ShadowWord* const word = this->whole(address);
+    if (word != nullptr && plain_read(w, *word, kAll)) {
+      record_read(w, at, word, kAll);
+      return repeated.remember(before, g);
+    }
     for (int i = 0; i < kGranule; i += step)
-      read_words(w, in, l + i / step, a + static_cast<uint32_t>(i), step);
+      read_words(w, in, l + i / step, address + static_cast<uint32_t>(i), step);
   };
-  for_granules(mask, address, bytes, whole, rest);
+  for_granules(a, whole, rest);
 }
 
-void SharedShadow::write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                         int bytes, const char* data, int stride) {
+void SharedShadow::write(Warp& w, const Instr& in, const Accesses& a, const char* data,
+                         int stride) {
   const uint32_t at = place(w, in.index);
-  const int step = std::min(bytes, kGranule);
+  const int step = std::min(a.bytes, kGranule);
+  Repeated repeated;
   const auto rest = [&](int l) {
-    write_words(w, in, l, static_cast<uint32_t>(address[l]), bytes, data + l * stride);
+    write_words(w, in, l, static_cast<uint32_t>(a.address[l]), a.bytes, data + l * stride);
   };
-  const auto whole = [&](int first, uint32_t a) {
-    ShadowWord* const word = whole_for_write(w, a);
-    if (word != nullptr) return record_full_write(w, at, word);
+  const auto whole = [&](int first, uint32_t address) {
+    ShadowGranule& g = granules_[address / kGranule];
+    if (repeated.done(&g)) return;
+    const ShadowGranule before = g;
+    ShadowWord* const word = whole_for_write(w, address);
+    if (word != nullptr) {
+      record_full_write(w, at, word);
+      return repeated.remember(before, g);
+    }
     for (int i = 0; i < kGranule; i += step) {
       const int l = first + i / step;
-      const uint32_t to = a + static_cast<uint32_t>(i);
-      write_words(w, in, l, to, step, data + l * stride + (to - static_cast<uint32_t>(address[l])));
+      const uint32_t to = address + static_cast<uint32_t>(i);
+      write_words(w, in, l, to, step,
+                  data + l * stride + (to - static_cast<uint32_t>(a.address[l])));
     }
   };
-  for_granules(mask, address, bytes, whole, rest);
+  for_granules(a, whole, rest);
 }
 
 // Atomics of different warps are in order with each other, not with plain accesses. A word that
@@ -332,29 +368,49 @@ void SharedShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, 
   });
 }
 
-void SharedShadow::launch_copy(Warp& w, const Instr& in, int lane, uint32_t address, int bytes) {
-  ShadowWord* const whole = bytes == kGranule ? whole_for_write(w, address) : nullptr;
-  if (whole != nullptr) {
-    record_full_write(w, place(w, in.index), whole);
-    whole->in_flight = w.options->async_copies ? kAll : 0;
-    return;
-  }
-  for_words(address, bytes, [&](uint32_t a, uint8_t m) {
-    check_write(w, in, lane, a, m, nullptr);
-    if (w.options->async_copies) word(a).in_flight |= m;
+void SharedShadow::launch_copies(Warp& w, const Instr& in, const Accesses& a) {
+  const bool follow = w.options->async_copies;
+  Repeated repeated;
+  for_lanes(a.mask, [&](int l) {
+    const auto address = static_cast<uint32_t>(a.address[l]);
+    if (a.bytes == kGranule) {
+      ShadowGranule& g = granules_[address / kGranule];
+      if (repeated.done(&g)) return;
+      const ShadowGranule before = g;
+      ShadowWord* const whole = whole_for_write(w, address);
+      if (whole != nullptr) {
+        record_full_write(w, place(w, in.index), whole);
+        whole->in_flight = follow ? kAll : 0;
+        return repeated.remember(before, g);
+      }
+    }
+    for_words(address, a.bytes, [&](uint32_t at, uint8_t m) {
+      check_write(w, in, l, at, m, nullptr);
+      if (follow) word(at).in_flight |= m;
+    });
   });
 }
 
-void SharedShadow::land_copy(Warp& w, int index, uint32_t address, int bytes) {
-  ShadowWord* const whole = bytes == kGranule ? this->whole(address) : nullptr;
-  if (whole != nullptr) {
-    whole->in_flight = 0;
-    return record_write(w, index, whole, kAll);
-  }
-  for_words(address, bytes, [&](uint32_t a, uint8_t m) {
-    ShadowWord& word = this->word(a);
-    word.in_flight = static_cast<uint8_t>(word.in_flight & ~m);
-    record_write(w, index, &word, m);
+void SharedShadow::land_copies(Warp& w, int index, const Accesses& a) {
+  Repeated repeated;
+  for_lanes(a.mask, [&](int l) {
+    const auto address = static_cast<uint32_t>(a.address[l]);
+    if (a.bytes == kGranule) {
+      ShadowGranule& g = granules_[address / kGranule];
+      if (repeated.done(&g)) return;
+      const ShadowGranule before = g;
+      ShadowWord* const whole = this->whole(address);
+      if (whole != nullptr) {
+        whole->in_flight = 0;
+        record_write(w, index, whole, kAll);
+        return repeated.remember(before, g);
+      }
+    }
+    for_words(address, a.bytes, [&](uint32_t at, uint8_t m) {
+      ShadowWord& word = this->word(at);
+      word.in_flight = static_cast<uint8_t>(word.in_flight & ~m);
+      record_write(w, index, &word, m);
+    });
   });
 }
 
