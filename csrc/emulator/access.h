@@ -2,7 +2,6 @@
 // state, counters.
 #pragma once
 
-#include "accesses.h"
 #include "machine.h"
 
 namespace llmkern {

@@ -216,7 +216,7 @@ void note_stores(Warp& w, const Instr& in, const Allocation& a, const Accesses& 
     a.values.reset(static_cast<char*>(std::malloc(a.end - a.begin)));
   }
   const int bytes = accesses.bytes, together = static_cast<int>(kBlock) / bytes;
-  const bool by_block = accesses.row && lanes == kAllLanes && together > 1 &&
+  const bool by_block = accesses.pattern.row && lanes == kAllLanes && together > 1 &&
                         bytes >= static_cast<int>(sizeof(T)) &&
                         (accesses.address[0] - a.begin) % kBlock == 0;
   if (!by_block) {

@@ -6,7 +6,6 @@
 // same in whatever order host threads ran the CTAs. Kernels with atomics: global_order.h.
 #pragma once
 
-#include "accesses.h"
 #include "machine.h"
 
 namespace llmkern {

@@ -12,11 +12,7 @@ namespace {
 constexpr uint8_t kNobody = 0xff, kMany = 0xfe;
 constexpr uint32_t kWrap = 0xf0000000u;
 constexpr size_t kMostListed = 64;
-constexpr uint32_t kGranule = 16, kAllUnits = 0xff;
-
-constexpr int granules_of_row(int bytes) {
-  return kLanes * bytes / static_cast<int>(kGranule);
-}
+constexpr uint32_t kGranule = kGranuleBytes, kAllUnits = 0xff;
 
 // Calls f(word address, byte mask) for each word of [address, address + bytes).
 template <class F>
@@ -190,44 +186,41 @@ void LaneShadow::record_write(const Order& o, LaneWord* word, int index, int lan
 
 void LaneShadow::forget_list(Order& o) {
   for (size_t i = 0; i < o.listed; ++i) {
-    const Listed& before = o.list[i];
-    if (before.row) {
-      std::fill_n(&o.touched[before.address[0] / kGranule], granules_of_row(before.bytes), 0);
-      continue;
+    const Pattern& p = *o.list[i].pattern;
+    uint16_t* touched = &o.touched[o.list[i].base / kGranule];
+    if (p.dense) {
+      std::fill_n(touched + p.granule[0], p.granules, uint16_t{0});
+    } else {
+      for (int k = 0; k < p.granules; ++k) touched[p.granule[k]] = 0;
     }
-    for_lanes(before.mask, [&](int l) {
-      uint16_t* touched = &o.touched[before.address[l] / kGranule];
-      touched[0] = 0;
-      if (before.bytes > static_cast<int>(kGranule)) touched[1] = 0;
-    });
   }
   o.listed = 0;
 }
 
-// Accesses are aligned to their size.
 bool LaneShadow::listed(Order& o, Touch touch, int index, const Accesses& a) {
-  if (o.in_words || o.listed == kMostListed) return false;
+  const Pattern& p = a.pattern;
+  if (o.in_words || o.listed == kMostListed || !p.kept) return false;
+  if (touch == Touch::kWrite && !p.apart) return false;
   if (o.listed == o.list.size()) o.list.emplace_back();
-  Listed& now = o.list[o.listed++];
-  now.touch = touch;
-  now.row = a.row && a.address[0] % kGranule == 0;
-  now.index = index;
-  now.bytes = a.bytes;
-  now.mask = a.mask;
+  o.list[o.listed++] = {touch, index, static_cast<uint32_t>(a.base), &p};
   // A write meets those before it and reads, a read writes.
   const uint32_t meets = touch == Touch::kRead ? 1 : touch == Touch::kWrite ? 0x101 : 0;
   const uint32_t sets = touch == Touch::kRead ? 0x100 : 1;
   uint32_t met = 0;
-  if (now.row) {
-    now.address[0] = static_cast<uint32_t>(a.address[0]);
-    uint16_t* touched = &o.touched[now.address[0] / kGranule];
-    for (int i = 0; i < granules_of_row(a.bytes); ++i) {
+  uint16_t* touched = &o.touched[a.first_granule()];
+  if (p.dense) {
+    touched += p.granule[0];
+    for (int i = 0; i < p.granules; ++i) {
       met |= touched[i];
       touched[i] = static_cast<uint16_t>(touched[i] | kAllUnits * sets);
     }
     met &= kAllUnits * meets;
   } else {
-    met = mark(o, a, meets, sets, now.address);
+    for (int i = 0; i < p.granules; ++i) {
+      uint16_t& at = touched[p.granule[i]];
+      met |= at & (p.units[i] * meets);
+      at = static_cast<uint16_t>(at | p.units[i] * sets);
+    }
   }
   if (met == 0) return true;
   const size_t before = o.listed - 1;
@@ -236,36 +229,13 @@ bool LaneShadow::listed(Order& o, Touch touch, int index, const Accesses& a) {
   return false;
 }
 
-uint32_t LaneShadow::mark(Order& o, const Accesses& a, uint32_t meets, uint32_t sets,
-                          uint32_t* address) {
-  const bool wide = a.bytes > static_cast<int>(kGranule);
-  const uint32_t units = wide ? kAllUnits : (1u << (a.bytes + 1) / 2) - 1;
-  uint32_t met = 0;
-  const auto mark_lane = [&](int l) {
-    address[l] = static_cast<uint32_t>(a.address[l]);
-    const uint32_t mine = units << (address[l] % kGranule / 2);
-    uint16_t* touched = &o.touched[address[l] / kGranule];
-    for (int i = 0; i <= static_cast<int>(wide); ++i) {
-      met |= touched[i] & (mine * meets);
-      touched[i] = static_cast<uint16_t>(touched[i] | mine * sets);
-    }
-  };
-  if (a.mask == kAllLanes) {
-    for (int l = 0; l < kLanes; ++l) mark_lane(l);
-  } else {
-    for_lanes(a.mask, mark_lane);
-  }
-  return met;
-}
-
 void LaneShadow::move_to_words(Warp& w, Order& o) {
   for (size_t i = 0; i < o.listed; ++i) {
     const Listed& before = o.list[i];
     ++instance_;
-    for_lanes(before.mask, [&](int l) {
-      const uint32_t at = before.row ? before.address[0] + static_cast<uint32_t>(l * before.bytes)
-                                     : before.address[l];
-      for_words(at, before.bytes, [&](uint32_t a, uint8_t m) {
+    for_lanes(before.pattern->mask, [&](int l) {
+      const auto address = before.base + static_cast<uint32_t>(before.pattern->relative[l]);
+      for_words(address, before.pattern->bytes, [&](uint32_t a, uint8_t m) {
         if (before.touch != Touch::kRead) {
           record_write(o, &word_of(w, a), before.index, l, m);
         } else {

@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "accesses.h"
+#include "patterns.h"
 
 namespace llmkern {
 namespace emulator {
@@ -48,10 +48,9 @@ class LaneShadow {
   enum class Touch : uint8_t { kRead, kWrite, kLanding };
   struct Listed {
     Touch touch;
-    bool row;
-    int index, bytes;
-    uint32_t mask;
-    uint32_t address[kLanes];  // of a row the first
+    int index;
+    uint32_t base;
+    const Pattern* pattern;
   };
   struct Order {
     uint32_t base = 0, tick = 1;
@@ -74,8 +73,6 @@ class LaneShadow {
   }
   // Lists an access if it cannot race with those before it; the end of a copy races with nothing.
   bool listed(Order& o, Touch touch, int index, const Accesses& a);
-  // Marks the 2-byte units of the lanes; returns what they met.
-  uint32_t mark(Order& o, const Accesses& a, uint32_t meets, uint32_t sets, uint32_t* address);
   void forget_list(Order& o);
   void move_to_words(Warp& w, Order& o);
   void touch_read(Warp& w, const Order& o, int index, int lane, uint32_t address, uint8_t mask);

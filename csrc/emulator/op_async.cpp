@@ -27,12 +27,14 @@ void move(Warp& w, const AsyncCopy& copy, uint32_t lanes) {
   });
 }
 
-void land(Warp& w, const AsyncCopy& copy, uint32_t lanes, int index) {
+void land(Warp& w, const Instr& in, const AsyncCopy& copy, uint32_t lanes) {
   if (lanes == 0) return;
   move(w, copy, lanes);
-  const Accesses a(lanes, copy.to, copy.bytes, copy.row && lanes == kAllLanes);
-  if (w.options->races || w.options->uninitialised) w.worker->shadow.land_copies(w, index, a);
-  if (w.options->warp_races) w.worker->lanes->land_copies(w, index, a);
+  const Accesses a = copy.pattern != nullptr && lanes == copy.pattern->mask
+                         ? Accesses(*copy.pattern, copy.to)
+                         : accesses_of(w, in, lanes, copy.to, copy.bytes, true);
+  if (w.options->races || w.options->uninitialised) w.worker->shadow.land_copies(w, in.index, a);
+  if (w.options->warp_races) w.worker->lanes->land_copies(w, in.index, a);
 }
 
 // What is read of global memory: all of it, or the first bytes.
@@ -42,21 +44,20 @@ void read_source(Warp& w, const Instr& in, uint32_t mask, const AsyncCopy& copy)
     reading &= lane_mask([&](int l) { return copy.size[l] != 0; });
     whole &= lane_mask([&](int l) { return copy.size[l] == in.bytes; });
   }
+  const auto check = [&](uint32_t lanes, const uint64_t* address, int bytes) {
+    const Accesses part = accesses_of(w, in, lanes, address, bytes, false, 1);
+    check_global(w, in, part, Access::kAsyncRead);
+  };
+  if (whole != 0) check(whole, copy.from, in.bytes);
+  for_lanes(reading & ~whole, [&](int l) {
+    uint64_t byte[kLanes];
+    for (uint32_t i = 0; i < copy.size[l]; ++i) {
+      byte[l] = copy.from[l] + i;
+      check(1u << l, byte, 1);
+    }
+  });
   if (reading == 0) return;
-  const Accesses a(reading, copy.from, in.bytes);
-  if (whole == reading) {
-    check_global(w, in, a, Access::kAsyncRead);
-  } else {
-    if (whole != 0)
-      check_global(w, in, Accesses(whole, copy.from, in.bytes), Access::kAsyncRead);
-    for_lanes(reading & ~whole, [&](int l) {
-      uint64_t byte[kLanes];
-      for (uint32_t i = 0; i < copy.size[l]; ++i) {
-        byte[l] = copy.from[l] + i;
-        check_global(w, in, Accesses(1u << l, byte, 1), Access::kAsyncRead);
-      }
-    });
-  }
+  const Accesses a = accesses_of(w, in, reading, copy.from, in.bytes, false, 1);
   count_global(w, in, a);
   if (w.options->global_races && w.launch->follow[static_cast<size_t>(in.index)] != 0)
     record_global_reads(w, in, a);
@@ -86,13 +87,13 @@ void issue(Warp& w, const Instr& in, uint32_t mask) {
                       std::to_string(in.bytes),
                   l, -1};
   });
-  const Accesses to(mask, copy.to, in.bytes);
-  copy.row = to.row;
+  const Accesses to = accesses_of(w, in, mask, copy.to, in.bytes, true);
+  copy.pattern = to.pattern.kept ? &to.pattern : nullptr;
   check_shared(w, to, "cp.async write");
   count_shared(w, in, to);
-  read_source(w, in, mask, copy);
   if (w.options->races || w.options->uninitialised) w.worker->shadow.launch_copies(w, in, to);
   if (w.options->warp_races) w.worker->lanes->write(w, in, to, nullptr, 0);
+  read_source(w, in, mask, copy);
   // Lanes that have committed different numbers of groups are kept apart.
   for (uint32_t left = mask; left != 0;) {
     copy.group = w.committed[__builtin_ctz(left)];
@@ -113,7 +114,7 @@ void wait(Warp& w, const Instr& in, uint32_t mask) {
     const int64_t last = copy.group + in.imm;  // the newest that may stay under way with it
     const uint32_t old = lane_mask([&](int l) { return last < int64_t{w.committed[l]}; });
     const uint32_t done = copy.mask & mask & (in.mode != 0 ? kAllLanes : old);
-    land(w, copy, done, in.index);
+    land(w, in, copy, done);
     copy.mask &= ~done;
     if (copy.mask == 0) continue;
     AsyncCopy& to = w.copies[kept++];

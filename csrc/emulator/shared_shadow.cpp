@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "accesses.h"
 #include "machine.h"
 
 namespace llmkern {
@@ -26,33 +25,9 @@ inline void for_words(uint32_t address, int bytes, const F& f) {
   }
 }
 
-constexpr int kGranule = 16, kWords = 4;
+constexpr uint32_t kGranule = kGranuleBytes, kWords = 4;
 constexpr uint8_t kAll = 0xf;
-
-// Calls whole(lane, address) for each granule that lanes touch all of, several lanes of a row
-// together, and rest(lane) for the other lanes.
-template <class Whole, class Rest>
-inline void for_granules(const Accesses& a, const Whole& whole, const Rest& rest) {
-  const uint64_t* address = a.address;
-  if (a.bytes >= kGranule) {
-    return for_lanes(a.mask, [&](int l) {
-      for (int i = 0; i < a.bytes; i += kGranule)
-        whole(l, static_cast<uint32_t>(address[l]) + static_cast<uint32_t>(i));
-    });
-  }
-  if (a.mask != kAllLanes) return for_lanes(a.mask, rest);
-  const int lanes = kGranule / a.bytes;
-  for (int first = 0; first < kLanes; first += lanes) {
-    uint64_t apart = address[first] & (kGranule - 1);
-    for (int l = first + 1; l < first + lanes && !a.row; ++l)
-      apart |= address[l] ^ (address[first] + static_cast<uint64_t>((l - first) * a.bytes));
-    if (apart == 0) {
-      whole(first, static_cast<uint32_t>(address[first]));
-    } else {
-      for (int l = first; l < first + lanes; ++l) rest(l);
-    }
-  }
-}
+constexpr uint32_t kWhole = 0xffff;
 
 // Granules that an instruction touches are mostly alike: what was found and done for one holds for
 // another one with the same record.
@@ -78,7 +53,7 @@ class Repeated {
 }  // namespace
 
 void SharedShadow::begin_cta(int64_t bytes) {
-  const auto granules = static_cast<size_t>((bytes + kGranule - 1) / kGranule);
+  const auto granules = static_cast<size_t>((bytes + kGranuleBytes - 1) / kGranuleBytes);
   const bool wrapped = epoch_ > 0xf0000000u;
   if (wrapped) {
     granules_.assign(granules_.size(), ShadowGranule());
@@ -113,7 +88,7 @@ inline ShadowWord* SharedShadow::whole(uint32_t address) {
 
 bool SharedShadow::join(uint32_t granule) {
   const ShadowWord* first = &words_[granule * kWords];
-  for (int i = 1; i < kWords; ++i) {
+  for (uint32_t i = 1; i < kWords; ++i) {
     if (std::memcmp(first, first + i, sizeof *first) != 0) return false;
   }
   granules_[granule].whole = *first;
@@ -126,7 +101,7 @@ ShadowWord* SharedShadow::whole_for_write(const Warp& w, uint32_t address) {
   ShadowGranule& g = granules_[address / kGranule];
   if (!g.split) return plain_write(w, g.whole) ? &g.whole : nullptr;
   const ShadowWord* words = &words_[address / kGranule * kWords];
-  for (int i = 0; i < kWords; ++i) {
+  for (uint32_t i = 0; i < kWords; ++i) {
     if (!plain_write(w, words[i]) || words[i].read_epoch > w.all_seen) return nullptr;
   }
   g.whole = ShadowWord();
@@ -302,53 +277,73 @@ void SharedShadow::write_words(Warp& w, const Instr& in, int lane, uint32_t addr
   });
 }
 
-void SharedShadow::read(Warp& w, const Instr& in, const Accesses& a) {
+bool SharedShadow::read_plain(Warp& w, const Instr& in, const Accesses& a) {
   const uint32_t at = place(w, in.index);
-  const int step = std::min(a.bytes, kGranule);
   Repeated repeated;
-  const auto rest = [&](int l) {
-    read_words(w, in, l, static_cast<uint32_t>(a.address[l]), a.bytes);
-  };
-  const auto whole = [&](int l, uint32_t address) {
-    ShadowGranule& g = granules_[address / kGranule];
-    if (repeated.done(&g)) return;
+  for (int i = 0; i < a.pattern.granules; ++i) {
+    const uint32_t number = a.first_granule() + static_cast<uint32_t>(a.pattern.granule[i]);
+    ShadowGranule& g = granules_[number];
+    const uint32_t bytes = a.pattern.touched[i];
+    if (bytes == kWhole && repeated.done(&g)) continue;
     const ShadowGranule before = g;
-    ShadowWord* const word = this->whole(address);
-    if (word != nullptr && plain_read(w, *word, kAll)) {
+    ShadowWord* const word = bytes == kWhole ? whole(number * kGranule) : nullptr;
+    if (word != nullptr) {
+      if (!plain_read(w, *word, kAll)) return false;
       record_read(w, at, word, kAll);
-      return repeated.remember(before, g);
+      repeated.remember(before, g);
+      continue;
     }
-    for (int i = 0; i < kGranule; i += step)
-      read_words(w, in, l + i / step, address + static_cast<uint32_t>(i), step);
-  };
-  for_granules(a, whole, rest);
+    for (uint32_t k = 0; k < kWords; ++k) {
+      const auto part = static_cast<uint8_t>(bytes >> (4 * k) & kAll);
+      if (part == 0) continue;
+      ShadowWord& one = this->word(number * kGranule + 4 * k);
+      if (!plain_read(w, one, part)) return false;
+      record_read(w, at, &one, part);
+    }
+  }
+  return true;
+}
+
+bool SharedShadow::write_plain(Warp& w, const Instr& in, const Accesses& a) {
+  const uint32_t at = place(w, in.index);
+  Repeated repeated;
+  for (int i = 0; i < a.pattern.granules; ++i) {
+    const uint32_t number = a.first_granule() + static_cast<uint32_t>(a.pattern.granule[i]);
+    ShadowGranule& g = granules_[number];
+    const uint32_t bytes = a.pattern.touched[i];
+    if (bytes == kWhole && repeated.done(&g)) continue;
+    const ShadowGranule before = g;
+    ShadowWord* const word = bytes == kWhole ? whole_for_write(w, number * kGranule) : nullptr;
+    if (word != nullptr) {
+      record_full_write(w, at, word);
+      repeated.remember(before, g);
+      continue;
+    }
+    for (uint32_t k = 0; k < kWords; ++k) {
+      const auto part = static_cast<uint8_t>(bytes >> (4 * k) & kAll);
+      if (part == 0) continue;
+      ShadowWord& one = this->word(number * kGranule + 4 * k);
+      if (part != kAll || !plain_write(w, one)) return false;
+      record_full_write(w, at, &one);
+    }
+  }
+  return true;
+}
+
+// What is looked at twice is recorded as it was the first time.
+void SharedShadow::read(Warp& w, const Instr& in, const Accesses& a) {
+  if (read_plain(w, in, a)) return;
+  for_lanes(a.mask, [&](int l) {
+    read_words(w, in, l, static_cast<uint32_t>(a.address[l]), a.bytes);
+  });
 }
 
 void SharedShadow::write(Warp& w, const Instr& in, const Accesses& a, const char* data,
                          int stride) {
-  const uint32_t at = place(w, in.index);
-  const int step = std::min(a.bytes, kGranule);
-  Repeated repeated;
-  const auto rest = [&](int l) {
+  if (write_plain(w, in, a)) return;
+  for_lanes(a.mask, [&](int l) {
     write_words(w, in, l, static_cast<uint32_t>(a.address[l]), a.bytes, data + l * stride);
-  };
-  const auto whole = [&](int first, uint32_t address) {
-    ShadowGranule& g = granules_[address / kGranule];
-    if (repeated.done(&g)) return;
-    const ShadowGranule before = g;
-    ShadowWord* const word = whole_for_write(w, address);
-    if (word != nullptr) {
-      record_full_write(w, at, word);
-      return repeated.remember(before, g);
-    }
-    for (int i = 0; i < kGranule; i += step) {
-      const int l = first + i / step;
-      const uint32_t to = address + static_cast<uint32_t>(i);
-      write_words(w, in, l, to, step,
-                  data + l * stride + (to - static_cast<uint32_t>(a.address[l])));
-    }
-  };
-  for_granules(a, whole, rest);
+  });
 }
 
 // Atomics of different warps are in order with each other, not with plain accesses. A word that
@@ -373,7 +368,7 @@ void SharedShadow::launch_copies(Warp& w, const Instr& in, const Accesses& a) {
   Repeated repeated;
   for_lanes(a.mask, [&](int l) {
     const auto address = static_cast<uint32_t>(a.address[l]);
-    if (a.bytes == kGranule) {
+    if (a.bytes == kGranuleBytes) {
       ShadowGranule& g = granules_[address / kGranule];
       if (repeated.done(&g)) return;
       const ShadowGranule before = g;
@@ -395,7 +390,7 @@ void SharedShadow::land_copies(Warp& w, int index, const Accesses& a) {
   Repeated repeated;
   for_lanes(a.mask, [&](int l) {
     const auto address = static_cast<uint32_t>(a.address[l]);
-    if (a.bytes == kGranule) {
+    if (a.bytes == kGranuleBytes) {
       ShadowGranule& g = granules_[address / kGranule];
       if (repeated.done(&g)) return;
       const ShadowGranule before = g;

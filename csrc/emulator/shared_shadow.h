@@ -64,6 +64,9 @@ class SharedShadow {
   const ShadowWord& look(uint32_t address) const;
   bool plain_read(const Warp& w, const ShadowWord& word, uint8_t bytes) const;
   bool plain_write(const Warp& w, const ShadowWord& word) const;
+  // Reads or writes what is plain; false: something was not, and the lanes are to be looked at.
+  bool read_plain(Warp& w, const Instr& in, const Accesses& a);
+  bool write_plain(Warp& w, const Instr& in, const Accesses& a);
   void read_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
   void write_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes,
                    const char* data);
