@@ -1,6 +1,7 @@
 #include "shared_shadow.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "machine.h"
@@ -33,21 +34,31 @@ constexpr uint32_t kWhole = 0xffff;
 // another one with the same record.
 class Repeated {
  public:
+  using Record = std::array<uint64_t, sizeof(ShadowGranule) / sizeof(uint64_t)>;
+
+  static Record record(const ShadowGranule& g) {
+    Record r;
+    std::memcpy(&r, &g, sizeof r);
+    return r;
+  }
   bool done(ShadowGranule* g) const {
-    if (!known_ || std::memcmp(g, &before_, sizeof *g) != 0) return false;
-    *g = after_;
+    if (after_ == nullptr) return false;
+    const Record now = record(*g);
+    uint64_t other = 0;
+    for (size_t i = 0; i < now.size(); ++i) other |= now[i] ^ before_[i];
+    if (other != 0) return false;
+    *g = *after_;
     return true;
   }
-  void remember(const ShadowGranule& before, const ShadowGranule& after) {
-    if (before.split) return;  // its words count
+  // `after`: where the result is, which stays as it is.
+  void remember(const Record& before, const ShadowGranule& after) {
     before_ = before;
-    after_ = after;
-    known_ = true;
+    after_ = &after;
   }
 
  private:
-  bool known_ = false;
-  ShadowGranule before_, after_;
+  Record before_;
+  const ShadowGranule* after_ = nullptr;
 };
 
 }  // namespace
@@ -285,12 +296,13 @@ bool SharedShadow::read_plain(Warp& w, const Instr& in, const Accesses& a) {
     ShadowGranule& g = granules_[number];
     const uint32_t bytes = a.pattern.touched[i];
     if (bytes == kWhole && repeated.done(&g)) continue;
-    const ShadowGranule before = g;
+    const bool was_whole = g.split == 0;
+    const Repeated::Record before = Repeated::record(g);
     ShadowWord* const word = bytes == kWhole ? whole(number * kGranule) : nullptr;
     if (word != nullptr) {
       if (!plain_read(w, *word, kAll)) return false;
       record_read(w, at, word, kAll);
-      repeated.remember(before, g);
+      if (was_whole) repeated.remember(before, g);  // else the words count
       continue;
     }
     for (uint32_t k = 0; k < kWords; ++k) {
@@ -312,11 +324,12 @@ bool SharedShadow::write_plain(Warp& w, const Instr& in, const Accesses& a) {
     ShadowGranule& g = granules_[number];
     const uint32_t bytes = a.pattern.touched[i];
     if (bytes == kWhole && repeated.done(&g)) continue;
-    const ShadowGranule before = g;
+    const bool was_whole = g.split == 0;
+    const Repeated::Record before = Repeated::record(g);
     ShadowWord* const word = bytes == kWhole ? whole_for_write(w, number * kGranule) : nullptr;
     if (word != nullptr) {
       record_full_write(w, at, word);
-      repeated.remember(before, g);
+      if (was_whole) repeated.remember(before, g);  // else the words count
       continue;
     }
     for (uint32_t k = 0; k < kWords; ++k) {
@@ -371,12 +384,14 @@ void SharedShadow::launch_copies(Warp& w, const Instr& in, const Accesses& a) {
     if (a.bytes == kGranuleBytes) {
       ShadowGranule& g = granules_[address / kGranule];
       if (repeated.done(&g)) return;
-      const ShadowGranule before = g;
+      const bool was_whole = g.split == 0;
+      const Repeated::Record before = Repeated::record(g);
       ShadowWord* const whole = whole_for_write(w, address);
       if (whole != nullptr) {
         record_full_write(w, place(w, in.index), whole);
         whole->in_flight = follow ? kAll : 0;
-        return repeated.remember(before, g);
+        if (was_whole) repeated.remember(before, g);  // else the words count
+        return;
       }
     }
     for_words(address, a.bytes, [&](uint32_t at, uint8_t m) {
@@ -393,12 +408,14 @@ void SharedShadow::land_copies(Warp& w, int index, const Accesses& a) {
     if (a.bytes == kGranuleBytes) {
       ShadowGranule& g = granules_[address / kGranule];
       if (repeated.done(&g)) return;
-      const ShadowGranule before = g;
+      const bool was_whole = g.split == 0;
+      const Repeated::Record before = Repeated::record(g);
       ShadowWord* const whole = this->whole(address);
       if (whole != nullptr) {
         whole->in_flight = 0;
         record_write(w, index, whole, kAll);
-        return repeated.remember(before, g);
+        if (was_whole) repeated.remember(before, g);  // else the words count
+        return;
       }
     }
     for_words(address, a.bytes, [&](uint32_t at, uint8_t m) {
