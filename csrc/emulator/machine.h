@@ -87,6 +87,8 @@ struct Launch {
 
 // One cp.async of a warp: lanes whose copy is still under way.
 struct AsyncCopy {
+  AsyncCopy() {}  // leaves the arrays as they are
+
   uint32_t mask = 0;
   uint32_t group = 0;  // by commit count of the lanes
   uint8_t bytes = 0;
@@ -130,7 +132,8 @@ struct Warp {
   int barrier = 0;
   int32_t barrier_pc = 0;
   // cp.async.
-  std::vector<AsyncCopy> copies;
+  std::vector<std::unique_ptr<AsyncCopy>> copies;  // the first `under_way`, in order; spare ones
+  size_t under_way = 0;
   uint32_t committed[kLanes] = {};
   // Order between warps: own epoch, and the epoch of each other one that is known to be before.
   uint32_t epoch = 0;
@@ -181,8 +184,6 @@ void run_warp(Warp& w);
 // cta.cpp: runs one CTA to its end; throws Fault, after which `worker.cta` says where.
 void run_cta(Worker& worker, int64_t linear, int64_t position);
 void arrive_at_barrier(Warp& w, const Instr& in, uint32_t mask);
-// async.cpp.
-void finish_copies(Warp& w, const Instr& in, uint32_t mask, uint32_t pending, bool uncommitted);
 
 // What the lanes of `mask`, which is not empty, touch in shared or else global memory. `which`: 1
 // for the second place that an instruction touches.

@@ -1,6 +1,7 @@
 // cp.async: queued at its issue, done at the wait for its group. Until then its destination belongs
 // to nobody. The bytes count as written by the issuing warp when the wait is over, so a barrier
 // after the wait is needed before other warps read them.
+#include <algorithm>
 #include <cstring>
 
 #include "access.h"
@@ -63,12 +64,18 @@ void read_source(Warp& w, const Instr& in, uint32_t mask, const AsyncCopy& copy)
     record_global_reads(w, in, a);
 }
 
+// The one after those under way.
+AsyncCopy& next_copy(Warp& w) {
+  if (w.under_way == w.copies.size()) w.copies.push_back(std::make_unique<AsyncCopy>());
+  return *w.copies[w.under_way];
+}
+
 // r: to, from, size of the source; imm and mode: their offsets.
 void issue(Warp& w, const Instr& in, uint32_t mask) {
   const uint32_t* size = w.at<uint32_t>(in.r[2]);
   const uint64_t* base = w.at<uint64_t>(in.r[1]);
   const auto offset = static_cast<uint64_t>(static_cast<int32_t>(in.mode));
-  AsyncCopy copy;
+  AsyncCopy& copy = next_copy(w);
   copy.bytes = in.bytes;
   copy.index = in.index;
   effective_addresses(w, in, copy.to);
@@ -95,11 +102,13 @@ void issue(Warp& w, const Instr& in, uint32_t mask) {
   if (w.options->warp_races) w.worker->lanes->write(w, in, to, nullptr, 0);
   read_source(w, in, mask, copy);
   // Lanes that have committed different numbers of groups are kept apart.
-  for (uint32_t left = mask; left != 0;) {
-    copy.group = w.committed[__builtin_ctz(left)];
-    copy.mask = left & lane_mask([&](int l) { return w.committed[l] == copy.group; });
-    w.copies.push_back(copy);
-    left &= ~copy.mask;
+  for (uint32_t left = mask;;) {
+    AsyncCopy& part = *w.copies[w.under_way++];
+    part.group = w.committed[__builtin_ctz(left)];
+    part.mask = left & lane_mask([&](int l) { return w.committed[l] == part.group; });
+    left &= ~part.mask;
+    if (left == 0) return;
+    next_copy(w) = part;
   }
 }
 
@@ -109,18 +118,24 @@ void commit(Warp& w, const Instr&, uint32_t mask) {
 
 // imm: groups that may stay under way; mode 1: none, committed or not.
 void wait(Warp& w, const Instr& in, uint32_t mask) {
+  uint32_t newest = 0, oldest = ~uint32_t{0};
+  for (uint32_t committed : w.committed) {
+    newest = std::max(newest, committed);
+    oldest = std::min(oldest, committed);
+  }
   size_t kept = 0;
-  for (AsyncCopy& copy : w.copies) {
+  for (size_t i = 0; i < w.under_way; ++i) {
+    AsyncCopy& copy = *w.copies[i];
     const int64_t last = copy.group + in.imm;  // the newest that may stay under way with it
-    const uint32_t old = lane_mask([&](int l) { return last < int64_t{w.committed[l]}; });
-    const uint32_t done = copy.mask & mask & (in.mode != 0 ? kAllLanes : old);
+    uint32_t old = in.mode != 0 || last < int64_t{oldest} ? kAllLanes : 0;
+    if (old == 0 && last < int64_t{newest})
+      old = lane_mask([&](int l) { return last < int64_t{w.committed[l]}; });
+    const uint32_t done = copy.mask & mask & old;
     land(w, in, copy, done);
     copy.mask &= ~done;
-    if (copy.mask == 0) continue;
-    AsyncCopy& to = w.copies[kept++];
-    if (&to != &copy) to = copy;
+    if (copy.mask != 0) std::swap(w.copies[kept++], w.copies[i]);
   }
-  w.copies.resize(kept);
+  w.under_way = kept;
 }
 
 void decode_copy(Decoder& d) {
