@@ -293,8 +293,7 @@ void resolve_atomic(Warp& w, const Instr& in, uint32_t mask, Space space, const 
   if (space != Space::kGlobal) fail("out of bounds", "atomic on local memory", -1);
   check_global(w, in, a, Access::kAtomic);
   count_global(w, in, a);
-  if (w.launch->order != nullptr)
-    record_global_atomics(w, in, a, GlobalAccessKind::kAtomic);
+  if (w.launch->order != nullptr) record_global_atomics(w, in, a, GlobalAccessKind::kAtomic);
   host_pointers(address, to);
 }
 

@@ -156,9 +156,8 @@ void note_read(Warp& w, const Instr& in, const Allocation& a, uint64_t element) 
   ReadRecord& read = a.reads[element];
   if (writer != 0) {
     const bool later = mine > writer;
-    note_race(*w.launch,
-              {std::max(writer, mine) - 1, a.begin + element * a.granule,
-               later ? in.index : store.index, later ? store.index : in.index, kReads});
+    note_race(*w.launch, {std::max(writer, mine) - 1, a.begin + element * a.granule,
+                          later ? in.index : store.index, later ? store.index : in.index, kReads});
   }
   if (read.first == mine || read.second == mine) return;
   if (read.first == 0 || mine < read.first) {
@@ -264,7 +263,8 @@ void record_global_reads(Warp& w, const Instr& in, const Accesses& accesses) {
   const uint64_t* address = accesses.address;
   const int bytes = accesses.bytes;
   for_allocations(w, accesses, [&](const Allocation& a, uint32_t lanes) {
-    if (w.launch->order == nullptr && a.reads == nullptr) a.reads.reset(zeroed<ReadRecord>(a, a.granule));
+    if (w.launch->order == nullptr && a.reads == nullptr)
+      a.reads.reset(zeroed<ReadRecord>(a, a.granule));
     const auto granule = static_cast<uint64_t>(a.granule);
     for_lanes(lanes, [&](int l) {
       const uint64_t first = (address[l] - a.begin) / granule;

@@ -7,8 +7,8 @@
 // each other one is kept. Bytes are followed one by one, so lanes may share a word.
 //
 // Between two such points a warp mostly touches places apart: accesses are only listed, with a bit
-// for each 2 bytes that they read or write, until one meets a bit that it could race with. Then they
-// go into the words.
+// for each 2 bytes that they read or write, until one meets a bit that it could race with. Then
+// they go into the words.
 #pragma once
 
 #include <array>
@@ -54,11 +54,11 @@ class LaneShadow {
   };
   struct Order {
     uint32_t base = 0, tick = 1;
-    std::vector<Listed> list;       // its first `listed`: since the lanes met
+    std::vector<Listed> list;  // its first `listed`: since the lanes met
     size_t listed = 0;
     std::vector<uint16_t> touched;  // by 16 bytes: 2-byte units written, then those read
-    bool in_words = false;     // accesses since then are in words_
-    bool partial = false;      // then the rest counts
+    bool in_words = false;          // accesses since then are in words_
+    bool partial = false;           // then the rest counts
     uint32_t at[kLanes];
     uint32_t seen[kLanes][kLanes];
   };

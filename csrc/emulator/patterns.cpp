@@ -46,8 +46,7 @@ void count_sectors(const uint64_t* address, Pattern* p) {
   bool in_row = true;
   for (int i = 1; i < n; ++i) in_row = in_row && where[i] == where[i - 1] + step;
   if (in_row) {
-    p->passes =
-        static_cast<uint32_t>((where[n - 1] + step - 1) / kSector - where[0] / kSector + 1);
+    p->passes = static_cast<uint32_t>((where[n - 1] + step - 1) / kSector - where[0] / kSector + 1);
     p->ideal = (p->total + kSector - 1) / kSector;
     return;
   }
@@ -71,8 +70,7 @@ void count_wavefronts(const uint64_t* address, Pattern* p) {
     }
     if (n == 0) continue;
     p->total += static_cast<uint32_t>(n * p->bytes);
-    p->passes +=
-        static_cast<uint32_t>(passes(units, n, static_cast<uint32_t>(lanes), &different));
+    p->passes += static_cast<uint32_t>(passes(units, n, static_cast<uint32_t>(lanes), &different));
     p->ideal += static_cast<uint32_t>((different + lanes - 1) / lanes);
   }
 }

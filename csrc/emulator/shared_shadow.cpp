@@ -281,7 +281,7 @@ void SharedShadow::write_words(Warp& w, const Instr& in, int lane, uint32_t addr
                                const char* data) {
   for_words(address, bytes, [&](uint32_t a, uint8_t m) {
     ShadowWord& word = this->word(a);
-    m == kAll && plain_write(w, word)
+    m == kAll&& plain_write(w, word)
         ? record_full_write(w, place(w, in.index), &word)
         : check_write(w, in, lane, a, m,
                       data == nullptr ? nullptr : data + (static_cast<int64_t>(a) - address));
@@ -346,9 +346,8 @@ bool SharedShadow::write_plain(Warp& w, const Instr& in, const Accesses& a) {
 // What is looked at twice is recorded as it was the first time.
 void SharedShadow::read(Warp& w, const Instr& in, const Accesses& a) {
   if (read_plain(w, in, a)) return;
-  for_lanes(a.mask, [&](int l) {
-    read_words(w, in, l, static_cast<uint32_t>(a.address[l]), a.bytes);
-  });
+  for_lanes(a.mask,
+            [&](int l) { read_words(w, in, l, static_cast<uint32_t>(a.address[l]), a.bytes); });
 }
 
 void SharedShadow::write(Warp& w, const Instr& in, const Accesses& a, const char* data,
