@@ -9,8 +9,6 @@ namespace llmkern {
 namespace emulator {
 namespace {
 
-constexpr int kSector = 32, kBanks = 32, kBankBytes = 4;
-
 std::string hex(uint64_t v) {
   char text[24];
   std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(v));
@@ -21,63 +19,22 @@ std::string hex(uint64_t v) {
   throw Fault{check, message, lane, -1};
 }
 
-struct Range {
-  uint64_t lowest = ~uint64_t{0}, highest = 0, bits = 0;
-};
-
-Range range_of(uint32_t mask, const uint64_t* address) {
-  Range r;
-  const auto include = [&](int l) {
-    r.lowest = std::min(r.lowest, address[l]);
-    r.highest = std::max(r.highest, address[l]);
-    r.bits |= address[l];
-  };
-  if (mask == kAllLanes) {
-    for (int l = 0; l < kLanes; ++l) include(l);
-  } else {
-    for_lanes(mask, include);
-  }
-  return r;
+bool inside(const Accesses& a, uint64_t begin, uint64_t end) {
+  const auto size = static_cast<uint64_t>(a.bytes);
+  return !a.wraps() && a.lowest() >= begin && a.highest() + size <= end &&
+         a.highest() + size >= size;
 }
 
-void check_alignment(uint32_t mask, const uint64_t* address, int bytes, const Range& range,
-                     const char* verb, const char* memory) {
-  const auto low = static_cast<uint64_t>(bytes - 1);
-  if ((range.bits & low) == 0) return;
+void check_alignment(uint32_t mask, const uint64_t* address, int bytes, const char* verb,
+                     const char* memory) {
   for_lanes(mask, [&](int l) {
-    if ((address[l] & low) != 0) {
+    if ((address[l] & static_cast<uint64_t>(bytes - 1)) != 0) {
       fail("misaligned",
            std::string(verb) + " of " + std::to_string(bytes) + " bytes in " + memory +
                " memory at " + hex(address[l]),
            l);
     }
   });
-}
-
-// Distinct values of v[0..n), which is sorted in place if it is not.
-int distinct(uint64_t* v, int n) {
-  if (!std::is_sorted(v, v + n)) std::sort(v, v + n);
-  int count = n > 0;
-  for (int i = 1; i < n; ++i) count += v[i] != v[i - 1];
-  return count;
-}
-
-// Passes of the banks over one phase: the most distinct units that one of `banks` has to give.
-int passes(const uint32_t* units, int n, uint32_t banks, int* different) {
-  uint32_t seen[kBanks][kLanes];
-  uint8_t count[kBanks] = {};
-  int most = 0, total = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint32_t bank = units[i] & (banks - 1);
-    bool known = false;
-    for (int j = 0; j < count[bank] && !known; ++j) known = seen[bank][j] == units[i];
-    if (known) continue;
-    seen[bank][count[bank]++] = units[i];
-    most = std::max<int>(most, count[bank]);
-    ++total;
-  }
-  *different = total;
-  return most;
 }
 
 }  // namespace
@@ -115,99 +72,59 @@ void follow_written(Warp& w, const Allocation& a, uint32_t mask, const uint64_t*
 
 }  // namespace
 
-void check_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-                  Access access) {
+void check_global(Warp& w, const Instr& in, const Accesses& a, Access access) {
   static const char* verbs[] = {"read", "write", "atomic", "cp.async read"};
   const char* verb = verbs[static_cast<int>(access)];
   if (!w.options->bounds) return;
-  const auto size = static_cast<uint64_t>(bytes);
-  const Range range = range_of(mask, address);
+  const uint64_t* address = a.address;
+  const auto size = static_cast<uint64_t>(a.bytes);
   const Allocation*& hint = w.worker->hints[static_cast<size_t>(in.index)];
-  const bool hit = hint != nullptr && range.lowest >= hint->begin &&
-                   range.highest <= hint->end - size && hint->end - hint->begin >= size;
-  if (!hit) {
-    for_lanes(mask, [&](int l) {
+  if (hint == nullptr || !inside(a, hint->begin, hint->end)) {
+    for_lanes(a.mask, [&](int l) {
       hint = w.launch->registry.find(address[l], size);
       if (hint == nullptr) {
         fail("out of bounds",
-             std::string(verb) + " of " + std::to_string(bytes) + " bytes of global memory at " +
+             std::string(verb) + " of " + std::to_string(a.bytes) + " bytes of global memory at " +
                  hex(address[l]) + ": " + w.launch->registry.describe(address[l]),
              l);
       }
-      if (hint->written != nullptr) follow_written(w, *hint, 1u << l, address, bytes, access);
+      if (hint->written != nullptr) follow_written(w, *hint, 1u << l, address, a.bytes, access);
     });
   } else if (hint->written != nullptr) {
-    follow_written(w, *hint, mask, address, bytes, access);
+    follow_written(w, *hint, a.mask, address, a.bytes, access);
   }
-  check_alignment(mask, address, bytes, range, verb, "global");
+  if (!a.pattern.aligned) check_alignment(a.mask, address, a.bytes, verb, "global");
 }
 
-void check_shared(Warp& w, const Instr&, uint32_t mask, const uint64_t* address, int bytes,
-                  const char* verb) {
+void check_shared(Warp& w, const Accesses& a, const char* verb) {
   const auto end = static_cast<uint64_t>(w.launch->shared_bytes());
-  const auto size = static_cast<uint64_t>(bytes);
-  const Range range = range_of(mask, address);
-  if (range.highest + size > end || range.highest + size < size) {
-    for_lanes(mask, [&](int l) {
-      if (address[l] + size <= end && address[l] + size >= size) return;
+  const auto size = static_cast<uint64_t>(a.bytes);
+  if (!inside(a, 0, end)) {
+    for_lanes(a.mask, [&](int l) {
+      if (a.address[l] + size <= end && a.address[l] + size >= size) return;
       fail("out of bounds",
-           std::string(verb) + " of " + std::to_string(bytes) + " bytes of shared memory at " +
-               hex(address[l]) + ", which ends at " + hex(end),
+           std::string(verb) + " of " + std::to_string(a.bytes) + " bytes of shared memory at " +
+               hex(a.address[l]) + ", which ends at " + hex(end),
            l);
     });
   }
-  check_alignment(mask, address, bytes, range, verb, "shared");
+  if (!a.pattern.aligned) check_alignment(a.mask, a.address, a.bytes, verb, "shared");
 }
 
-void count_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
+void count_global(Warp& w, const Instr& in, const Accesses& a) {
   if (!w.options->counters) return;
   Count& c = w.worker->counts[static_cast<size_t>(in.index)];
-  uint64_t where[kLanes], sectors[kLanes];
-  int n = 0;
-  for_lanes(mask, [&](int l) { where[n++] = address[l]; });
-  c.bytes += static_cast<uint64_t>(n * bytes);
-  const auto step = static_cast<uint64_t>(bytes);
-  bool in_row = true;
-  for (int i = 1; i < n; ++i) in_row = in_row && where[i] == where[i - 1] + step;
-  if (in_row) {
-    c.sectors += (where[n - 1] + step - 1) / kSector - where[0] / kSector + 1;
-    c.ideal_sectors += (static_cast<uint64_t>(n) * step + kSector - 1) / kSector;
-    return;
-  }
-  const int different = distinct(where, n);
-  for (int i = 0; i < n; ++i) sectors[i] = where[i] / kSector;
-  c.sectors += static_cast<uint64_t>(distinct(sectors, n));
-  c.ideal_sectors += static_cast<uint64_t>((different * bytes + kSector - 1) / kSector);
+  c.bytes += a.pattern.total;
+  c.sectors += a.pattern.passes;
+  c.ideal_sectors += a.pattern.ideal;
 }
 
-void count_shared(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
+void count_shared(Warp& w, const Instr& in, const Accesses& a) {
   if (!w.options->counters) return;
   Count& c = w.worker->counts[static_cast<size_t>(in.index)];
-  // Wider accesses go in phases of 128 bytes: half warps for 8 bytes, quarters for 16. A unit is
-  // what a lane takes, at least a word; it fills as many banks as it has words.
-  const int unit = std::min(std::max(bytes, kBankBytes), kSector),
-            lanes = kBanks * kBankBytes / unit;
-  const int shift = __builtin_ctz(static_cast<unsigned>(unit));
-  const auto banks = static_cast<uint32_t>(lanes);
-  for (int begin = 0; begin < kLanes; begin += lanes) {
-    uint32_t units[kLanes];
-    int n = 0;
-    if (mask == kAllLanes) {
-      for (; n < lanes; ++n) units[n] = static_cast<uint32_t>(address[begin + n] >> shift);
-    } else {
-      for (int l = begin; l < begin + lanes; ++l) {
-        if ((mask >> l & 1) != 0) units[n++] = static_cast<uint32_t>(address[l] >> shift);
-      }
-    }
-    if (n == 0) continue;
-    c.bytes += static_cast<uint64_t>(n * bytes);
-    uint32_t used = 0;
-    for (int i = 0; i < n; ++i) used |= 1u << (units[i] & (banks - 1));
-    int different = n;  // banks of their own: one pass
-    c.wavefronts +=
-        bit_count(used) == n ? 1 : static_cast<uint64_t>(passes(units, n, banks, &different));
-    c.ideal_wavefronts += static_cast<uint64_t>((different + lanes - 1) / lanes);
-  }
+  c.bytes += a.pattern.total;
+  c.wavefronts += a.pattern.passes;
+  c.ideal_wavefronts += a.pattern.ideal;
 }
 
 namespace {
@@ -223,7 +140,7 @@ void local_pointers(Warp& w, uint32_t mask, const uint64_t* address, int bytes, 
     }
     to[l] = w.local + static_cast<uint64_t>(l) * end + address[l];
   });
-  check_alignment(mask, address, bytes, range_of(mask, address), "access", "local");
+  check_alignment(mask, address, bytes, "access", "local");
 }
 
 void parameter_pointers(Warp& w, uint32_t mask, const uint64_t* address, int bytes, char** to) {
@@ -257,27 +174,30 @@ void by_window(uint32_t mask, const uint64_t* address, const F& f) {
 }
 
 // Races between CTAs.
-void follow_read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
+void follow_read(Warp& w, const Instr& in, const Accesses& a) {
   if (!w.options->global_races) return;
   if (w.launch->order != nullptr && in.order != 0) {
-    record_global_atomics(w, in, mask, address, bytes, GlobalAccessKind::kAtomicRead);
+    record_global_atomics(w, in, a, GlobalAccessKind::kAtomicRead);
   } else if (w.launch->follow[static_cast<size_t>(in.index)] != 0) {
-    record_global_reads(w, in, mask, address, bytes);
+    record_global_reads(w, in, a);
   }
 }
-void follow_write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-                  const char* data, int stride) {
+void follow_write(Warp& w, const Instr& in, const Accesses& a, const char* data, int stride) {
   if (!w.options->global_races) return;
   if (w.launch->order != nullptr && in.order != 0) {
-    record_global_atomics(w, in, mask, address, bytes, GlobalAccessKind::kAtomicStore);
+    record_global_atomics(w, in, a, GlobalAccessKind::kAtomicStore);
   } else {
-    record_global_stores(w, in, mask, address, bytes, data, stride);
+    record_global_stores(w, in, a, data, stride);
   }
 }
 
-void host_pointers(uint32_t mask, const uint64_t* address, char** to) {
-  (void)mask;
+void host_pointers(const uint64_t* address, char** to) {
   for (int l = 0; l < kLanes; ++l) to[l] = reinterpret_cast<char*>(address[l]);
+}
+
+// Lanes outside the mask get anything.
+void shared_pointers(const Warp& w, const uint64_t* address, char** to) {
+  for (int l = 0; l < kLanes; ++l) to[l] = w.shared + address[l];
 }
 
 }  // namespace
@@ -285,27 +205,28 @@ void host_pointers(uint32_t mask, const uint64_t* address, char** to) {
 void resolve_read(Warp& w, const Instr& in, uint32_t mask, Space space, const uint64_t* address,
                   int bytes, char** to) {
   switch (space) {
-    case Space::kGlobal:
-      check_global(w, in, mask, address, bytes, Access::kRead);
-      count_global(w, in, mask, address, bytes);
-      follow_read(w, in, mask, address, bytes);
-      return host_pointers(mask, address, to);
-    case Space::kShared:
-      check_shared(w, in, mask, address, bytes, "read");
-      count_shared(w, in, mask, address, bytes);
-      if (w.options->races || w.options->uninitialised) {
-        w.worker->shadow.read(w, in, mask, address, bytes);
-      }
-      if (w.options->warp_races) w.worker->lanes->read(w, in, mask, address, bytes);
-      for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
-      return;
+    case Space::kGlobal: {
+      const Accesses a = accesses_of(w, in, mask, address, bytes, false);
+      check_global(w, in, a, Access::kRead);
+      count_global(w, in, a);
+      follow_read(w, in, a);
+      return host_pointers(address, to);
+    }
+    case Space::kShared: {
+      const Accesses a = accesses_of(w, in, mask, address, bytes, true);
+      check_shared(w, a, "read");
+      count_shared(w, in, a);
+      if (w.options->races || w.options->uninitialised) w.worker->shadow.read(w, in, a);
+      if (w.options->warp_races) w.worker->lanes->read(w, in, a);
+      return shared_pointers(w, address, to);
+    }
     case Space::kLocal:
       return local_pointers(w, mask, address, bytes, to);
     case Space::kParam:
       return parameter_pointers(w, mask, address, bytes, to);
     case Space::kConst:
-      check_global(w, in, mask, address, bytes, Access::kRead);
-      return host_pointers(mask, address, to);
+      check_global(w, in, accesses_of(w, in, mask, address, bytes, false), Access::kRead);
+      return host_pointers(address, to);
     default:
       by_window(mask, address, [&](Space inner, uint32_t lanes, const uint64_t* inside) {
         char* part[kLanes];
@@ -318,22 +239,22 @@ void resolve_read(Warp& w, const Instr& in, uint32_t mask, Space space, const ui
 void resolve_write(Warp& w, const Instr& in, uint32_t mask, Space space, const uint64_t* address,
                    int bytes, const char* data, int stride, char** to) {
   switch (space) {
-    case Space::kGlobal:
-      check_global(w, in, mask, address, bytes, Access::kWrite);
-      count_global(w, in, mask, address, bytes);
-      follow_write(w, in, mask, address, bytes, data, stride);
-      return host_pointers(mask, address, to);
-    case Space::kShared:
-      check_shared(w, in, mask, address, bytes, "write");
-      count_shared(w, in, mask, address, bytes);
-      if (w.options->races || w.options->uninitialised) {
-        w.worker->shadow.write(w, in, mask, address, bytes, data, stride);
-      }
-      if (w.options->warp_races) {
-        w.worker->lanes->write(w, in, mask, address, bytes, data, stride);
-      }
-      for_lanes(mask, [&](int l) { to[l] = w.shared + address[l]; });
-      return;
+    case Space::kGlobal: {
+      const Accesses a = accesses_of(w, in, mask, address, bytes, false);
+      check_global(w, in, a, Access::kWrite);
+      count_global(w, in, a);
+      follow_write(w, in, a, data, stride);
+      return host_pointers(address, to);
+    }
+    case Space::kShared: {
+      const Accesses a = accesses_of(w, in, mask, address, bytes, true);
+      check_shared(w, a, "write");
+      count_shared(w, in, a);
+      if (w.options->races || w.options->uninitialised)
+        w.worker->shadow.write(w, in, a, data, stride);
+      if (w.options->warp_races) w.worker->lanes->write(w, in, a, data, stride);
+      return shared_pointers(w, address, to);
+    }
     case Space::kLocal:
       return local_pointers(w, mask, address, bytes, to);
     case Space::kParam:
@@ -357,9 +278,10 @@ void resolve_atomic(Warp& w, const Instr& in, uint32_t mask, Space space, const 
       for_lanes(lanes, [&](int l) { to[l] = part[l]; });
     });
   }
+  const Accesses a = accesses_of(w, in, mask, address, bytes, space == Space::kShared);
   if (space == Space::kShared) {
-    check_shared(w, in, mask, address, bytes, "atomic");
-    count_shared(w, in, mask, address, bytes);
+    check_shared(w, a, "atomic");
+    count_shared(w, in, a);
     for_lanes(mask, [&](int l) {
       const auto at = static_cast<uint32_t>(address[l]);
       w.worker->shadow.atomic(w, in, l, at, bytes);
@@ -369,11 +291,10 @@ void resolve_atomic(Warp& w, const Instr& in, uint32_t mask, Space space, const 
     return;
   }
   if (space != Space::kGlobal) fail("out of bounds", "atomic on local memory", -1);
-  check_global(w, in, mask, address, bytes, Access::kAtomic);
-  count_global(w, in, mask, address, bytes);
-  if (w.launch->order != nullptr)
-    record_global_atomics(w, in, mask, address, bytes, GlobalAccessKind::kAtomic);
-  host_pointers(mask, address, to);
+  check_global(w, in, a, Access::kAtomic);
+  count_global(w, in, a);
+  if (w.launch->order != nullptr) record_global_atomics(w, in, a, GlobalAccessKind::kAtomic);
+  host_pointers(address, to);
 }
 
 }  // namespace emulator

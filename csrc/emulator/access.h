@@ -24,12 +24,10 @@ void resolve_atomic(Warp& w, const Instr& in, uint32_t mask, Space space, const 
 enum class Access { kRead, kWrite, kAtomic, kAsyncRead };
 
 // Parts that other instructions use.
-void check_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-                  Access access);
-void check_shared(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-                  const char* verb);
-void count_global(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes);
-void count_shared(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes);
+void check_global(Warp& w, const Instr& in, const Accesses& a, Access access);
+void check_shared(Warp& w, const Accesses& a, const char* verb);
+void count_global(Warp& w, const Instr& in, const Accesses& a);
+void count_shared(Warp& w, const Instr& in, const Accesses& a);
 
 }  // namespace emulator
 }  // namespace llmkern

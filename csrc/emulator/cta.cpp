@@ -79,7 +79,7 @@ void start_warp(Worker& worker, Warp& w) {
   w.alive = threads >= kLanes ? kAllLanes : (1u << threads) - 1;
   w.groups.assign(1, {0, w.alive, false});
   w.steps = w.divergent_steps = 0;
-  w.copies.clear();
+  w.under_way = 0;
   std::fill(w.committed, w.committed + kLanes, 0u);
   w.epoch = worker.shadow.epoch();
   std::fill(w.seen, w.seen + kMaxWarps, w.epoch - 1);

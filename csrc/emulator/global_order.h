@@ -5,7 +5,8 @@
 // access and then a fence, learns it. Volatile loads and atomics whose order is not written count
 // as acquires: code from before ld.acquire has no fence there. What is of .cta scope hands on and
 // learns nothing. Plain accesses of two CTAs, or a plain one and an atomic one, are a race if one
-// writes and the later CTA does not know of the earlier access. Stores of the same value are benign.
+// writes and the later CTA does not know of the earlier access. Stores of the same value are
+// benign.
 //
 // An access is known by CTA, warp and that warp's epoch: a warp's epoch changes where it hands on.
 #pragma once
@@ -55,8 +56,8 @@ class GlobalOrder {
   const GlobalAccess* touch(const Warp& w, const Instr& in, GlobalAccessKind kind, uint32_t value,
                             OrderRecord* record);
   void learn(const Warp& w, const Instr& in, uint32_t release);
-  // What an atomic access hands on: an index + 1, or 0 for nothing. `before`: what the address held,
-  // which a read and write in one hands on with its own, acquired or not; else 0.
+  // What an atomic access hands on: an index + 1, or 0 for nothing. `before`: what the address
+  // held, which a read and write in one hands on with its own, acquired or not; else 0.
   uint32_t hand_on(const Warp& w, const Instr& in, uint32_t before);
 
  private:

@@ -53,8 +53,10 @@ void note_race(const Launch& launch, const Found& found) {
 // Calls f(allocation, lanes) for the lanes of each allocation, under its lock. Lanes outside all of
 // them are left out: bounds are not checked then.
 template <class F>
-void for_allocations(Warp& w, uint32_t mask, const uint64_t* address, int bytes, const F& f) {
-  const auto size = static_cast<uint64_t>(bytes);
+void for_allocations(Warp& w, const Accesses& accesses, const F& f) {
+  const uint64_t* address = accesses.address;
+  const auto size = static_cast<uint64_t>(accesses.bytes);
+  uint32_t mask = accesses.mask;
   while (mask != 0) {
     const Allocation* a = w.launch->registry.find(address[__builtin_ctz(mask)], size);
     if (a == nullptr) {
@@ -71,9 +73,10 @@ void for_allocations(Warp& w, uint32_t mask, const uint64_t* address, int bytes,
   }
 }
 
+// For each `bytes` of an allocation.
 template <class T>
-T* zeroed(const Allocation& a) {
-  return static_cast<T*>(std::calloc((a.end - a.begin + a.granule - 1) / a.granule, sizeof(T)));
+T* zeroed(const Allocation& a, uint64_t bytes) {
+  return static_cast<T*>(std::calloc((a.end - a.begin + bytes - 1) / bytes, sizeof(T)));
 }
 
 // Calls f(element, value) for each shadow element of a lane's bytes; value: what `data` holds
@@ -111,17 +114,50 @@ void by_granule(const Allocation& a, const F& f) {
 
 // Without order between CTAs.
 
+constexpr uint64_t kBlock = 16;
+
+StoredBlock stored(const Allocation& a, uint64_t element) {
+  if (a.blocks == nullptr) return {};
+  const StoredBlock& block = a.blocks[element * a.granule / kBlock];
+  if (block.after_position != kSplit) return block;
+  return {a.stores[element].after_position, a.stores[element].index};
+}
+
+// Whether the record of the block can stand for the store of it.
+bool note_block(Warp& w, const Instr& in, const Allocation& a, uint64_t offset, const char* data) {
+  const auto mine = static_cast<uint32_t>(w.cta->position + 1);
+  StoredBlock& block = a.blocks[offset / kBlock];
+  if (a.reads != nullptr || (block.after_position != 0 && block.after_position != mine))
+    return false;
+  block = {mine, in.index};
+  std::memcpy(&a.values[offset], data, kBlock);
+  return true;
+}
+
+template <class T>
+void split(const Allocation& a, uint64_t number) {
+  StoredBlock& block = a.blocks[number];
+  if (block.after_position == kSplit) return;
+  if (a.stores == nullptr) a.stores.reset(zeroed<StoreRecord>(a, a.granule));
+  if (block.after_position != 0) {
+    const auto note = [&](uint64_t element, uint32_t value) {
+      a.stores[element] = {block.after_position, value, block.index};
+    };
+    for_elements<T>(a, a.begin + number * kBlock, kBlock, &a.values[number * kBlock], note);
+  }
+  block.after_position = kSplit;
+}
+
 void note_read(Warp& w, const Instr& in, const Allocation& a, uint64_t element) {
   const auto mine = static_cast<uint32_t>(w.cta->position + 1);
-  const StoreRecord* store = a.stores == nullptr ? nullptr : &a.stores[element];
-  const uint32_t writer = store == nullptr ? 0 : store->after_position;
+  const StoredBlock store = stored(a, element);
+  const uint32_t writer = store.after_position;
   if (writer == mine) return;  // its own value
   ReadRecord& read = a.reads[element];
   if (writer != 0) {
     const bool later = mine > writer;
-    note_race(*w.launch,
-              {std::max(writer, mine) - 1, a.begin + element * a.granule,
-               later ? in.index : store->index, later ? store->index : in.index, kReads});
+    note_race(*w.launch, {std::max(writer, mine) - 1, a.begin + element * a.granule,
+                          later ? in.index : store.index, later ? store.index : in.index, kReads});
   }
   if (read.first == mine || read.second == mine) return;
   if (read.first == 0 || mine < read.first) {
@@ -156,11 +192,50 @@ void note_store(Warp& w, const Instr& in, const Allocation& a, uint64_t element,
   if (theirs == 0 || mine <= theirs) record = {mine, value, in.index};
 }
 
+template <class T>
+void note_lane(Warp& w, const Instr& in, const Allocation& a, uint64_t address, int bytes,
+               const char* data) {
+  const auto step = static_cast<uint64_t>(bytes);
+  const bool whole = step % kBlock == 0 && (address - a.begin) % kBlock == 0;
+  for (uint64_t at = 0; at < step; at += kBlock) {
+    if (whole && note_block(w, in, a, address - a.begin + at, data + at)) continue;
+    const auto note = [&](uint64_t element, uint32_t value) {
+      split<T>(a, element * sizeof(T) / kBlock);
+      note_store(w, in, a, element, value);
+    };
+    for_elements<T>(a, address + at, static_cast<int>(std::min(step, kBlock)), data + at, note);
+  }
+}
+
+template <class T>
+void note_stores(Warp& w, const Instr& in, const Allocation& a, const Accesses& accesses,
+                 uint32_t lanes, const char* data, int stride) {
+  if (a.blocks == nullptr) {
+    a.blocks.reset(zeroed<StoredBlock>(a, kBlock));
+    a.values.reset(static_cast<char*>(std::malloc(a.end - a.begin)));
+  }
+  const int bytes = accesses.bytes, together = static_cast<int>(kBlock) / bytes;
+  const bool by_block = accesses.pattern.row && lanes == kAllLanes && together > 1 &&
+                        bytes >= static_cast<int>(sizeof(T)) &&
+                        (accesses.address[0] - a.begin) % kBlock == 0;
+  if (!by_block) {
+    return for_lanes(lanes, [&](int l) {
+      note_lane<T>(w, in, a, accesses.address[l], bytes, data + l * stride);
+    });
+  }
+  for (int first = 0; first < kLanes; first += together) {
+    char block[kBlock];
+    for (int l = 0; l < together; ++l)
+      std::memcpy(block + l * bytes, data + (first + l) * stride, static_cast<size_t>(bytes));
+    note_lane<T>(w, in, a, accesses.address[first], static_cast<int>(kBlock), block);
+  }
+}
+
 // With order.
 
 void note_ordered(Warp& w, const Instr& in, const Allocation& a, uint64_t element, uint32_t value,
                   GlobalAccessKind kind) {
-  if (a.order == nullptr) a.order.reset(zeroed<OrderRecord>(a));
+  if (a.order == nullptr) a.order.reset(zeroed<OrderRecord>(a, a.granule));
   OrderRecord& record = a.order[element];
   const GlobalAccess* other = w.launch->order->touch(w, in, kind, value, &record);
   if (other == nullptr) return;
@@ -184,10 +259,12 @@ void prepare_global_races(Launch* launch) {
   launch->follow = reads_of_stored_memory(*launch);
 }
 
-void record_global_reads(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                         int bytes) {
-  for_allocations(w, mask, address, bytes, [&](const Allocation& a, uint32_t lanes) {
-    if (w.launch->order == nullptr && a.reads == nullptr) a.reads.reset(zeroed<ReadRecord>(a));
+void record_global_reads(Warp& w, const Instr& in, const Accesses& accesses) {
+  const uint64_t* address = accesses.address;
+  const int bytes = accesses.bytes;
+  for_allocations(w, accesses, [&](const Allocation& a, uint32_t lanes) {
+    if (w.launch->order == nullptr && a.reads == nullptr)
+      a.reads.reset(zeroed<ReadRecord>(a, a.granule));
     const auto granule = static_cast<uint64_t>(a.granule);
     for_lanes(lanes, [&](int l) {
       const uint64_t first = (address[l] - a.begin) / granule;
@@ -203,28 +280,31 @@ void record_global_reads(Warp& w, const Instr& in, uint32_t mask, const uint64_t
   });
 }
 
-void record_global_stores(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                          int bytes, const char* data, int stride) {
+void record_global_stores(Warp& w, const Instr& in, const Accesses& accesses, const char* data,
+                          int stride) {
   if (w.launch->kernel->has_global_atomics && w.launch->order == nullptr) return;
-  for_allocations(w, mask, address, bytes, [&](const Allocation& a, uint32_t lanes) {
-    if (w.launch->order == nullptr && a.stores == nullptr) a.stores.reset(zeroed<StoreRecord>(a));
+  for_allocations(w, accesses, [&](const Allocation& a, uint32_t lanes) {
     by_granule(a, [&](auto granule) {
+      using T = decltype(granule);
+      if (w.launch->order == nullptr)
+        return note_stores<T>(w, in, a, accesses, lanes, data, stride);
       for_lanes(lanes, [&](int l) {
         const auto note = [&](uint64_t element, uint32_t value) {
-          if (w.launch->order == nullptr) return note_store(w, in, a, element, value);
           note_ordered(w, in, a, element, value, GlobalAccessKind::kStore);
         };
-        for_elements<decltype(granule)>(a, address[l], bytes, data + l * stride, note);
+        for_elements<T>(a, accesses.address[l], accesses.bytes, data + l * stride, note);
       });
     });
   });
 }
 
-void record_global_atomics(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                           int bytes, GlobalAccessKind kind) {
+void record_global_atomics(Warp& w, const Instr& in, const Accesses& accesses,
+                           GlobalAccessKind kind) {
+  const uint64_t* address = accesses.address;
+  const int bytes = accesses.bytes;
   GlobalOrder& order = *w.launch->order;
-  for_allocations(w, mask, address, bytes, [&](const Allocation& a, uint32_t lanes) {
-    if (a.order == nullptr) a.order.reset(zeroed<OrderRecord>(a));
+  for_allocations(w, accesses, [&](const Allocation& a, uint32_t lanes) {
+    if (a.order == nullptr) a.order.reset(zeroed<OrderRecord>(a, a.granule));
     const auto record = [&](int l) -> OrderRecord& {
       return a.order[(address[l] - a.begin) / a.granule];
     };

@@ -14,13 +14,11 @@ namespace emulator {
 // Prepares a launch: which reads are followed, whether CTAs may be ordered by atomics.
 void prepare_global_races(Launch* launch);
 
-void record_global_reads(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                         int bytes);
-void record_global_stores(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                          int bytes, const char* data, int stride);
+void record_global_reads(Warp& w, const Instr& in, const Accesses& a);
+void record_global_stores(Warp& w, const Instr& in, const Accesses& a, const char* data,
+                          int stride);
 // atom, red, and loads and stores that are volatile, relaxed, acquire or release.
-void record_global_atomics(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                           int bytes, GlobalAccessKind kind);
+void record_global_atomics(Warp& w, const Instr& in, const Accesses& a, GlobalAccessKind kind);
 
 }  // namespace emulator
 }  // namespace llmkern

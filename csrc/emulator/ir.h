@@ -106,9 +106,10 @@ struct alignas(64) Instr {
   uint32_t mode = 0;     // meaning is the handler's own
   int32_t tracked = -1;  // index in Kernel::tracked: may meet an unset register
   uint32_t r[kMaxOperands] = {};
-  uint32_t all_members = 0;     // the member mask, if it is a constant
-  int32_t target = 0;           // branch
-  uint64_t sources = 0;         // bits of Kernel::pointers that a global address may come from
+  uint32_t all_members = 0;  // the member mask, if it is a constant
+  int32_t target = 0;        // branch
+  int32_t slot = 0;          // of those below Kernel::slots, for what it touches: this and the next
+  uint64_t sources = 0;      // bits of Kernel::pointers that a global address may come from
   Handler untracked = nullptr;  // where tracked: what `run` was
   Place place;
 };
@@ -179,6 +180,7 @@ struct Kernel {
   std::vector<std::vector<int64_t>> passed;  // by call: where in local memory its parameters lie
   std::vector<Tracked> tracked;
   int poison_slots = 0;
+  int slots = 2;  // the first two are for all that touch no memory
 
   Kernel() { special.fill(kNoRegister); }
 };

@@ -12,7 +12,7 @@ namespace {
 constexpr uint8_t kNobody = 0xff, kMany = 0xfe;
 constexpr uint32_t kWrap = 0xf0000000u;
 constexpr size_t kMostListed = 64;
-constexpr uint32_t kGranule = 16;
+constexpr uint32_t kGranule = kGranuleBytes, kAllUnits = 0xff;
 
 // Calls f(word address, byte mask) for each word of [address, address + bytes).
 template <class F>
@@ -186,47 +186,41 @@ void LaneShadow::record_write(const Order& o, LaneWord* word, int index, int lan
 
 void LaneShadow::forget_list(Order& o) {
   for (size_t i = 0; i < o.listed; ++i) {
-    const Listed& before = o.list[i];
-    for_lanes(before.mask, [&](int l) {
-      uint16_t* touched = &o.touched[before.address[l] / kGranule];
-      touched[0] = 0;
-      if (before.bytes > static_cast<int>(kGranule)) touched[1] = 0;
-    });
+    const Pattern& p = *o.list[i].pattern;
+    uint16_t* touched = &o.touched[o.list[i].base / kGranule];
+    if (p.dense) {
+      std::fill_n(touched + p.granule[0], p.granules, uint16_t{0});
+    } else {
+      for (int k = 0; k < p.granules; ++k) touched[p.granule[k]] = 0;
+    }
   }
   o.listed = 0;
 }
 
-// Accesses are aligned to their size.
-template <class Address>
-bool LaneShadow::listed(Order& o, Touch touch, int index, uint32_t mask, const Address* address,
-                        int bytes) {
-  if (o.in_words || o.listed == kMostListed) return false;
+bool LaneShadow::listed(Order& o, Touch touch, int index, const Accesses& a) {
+  const Pattern& p = a.pattern;
+  if (o.in_words || o.listed == kMostListed || !p.kept) return false;
+  if (touch == Touch::kWrite && !p.apart) return false;
   if (o.listed == o.list.size()) o.list.emplace_back();
-  Listed& now = o.list[o.listed++];
-  now.touch = touch;
-  now.index = index;
-  now.bytes = bytes;
-  now.mask = mask;
-  const bool wide = bytes > static_cast<int>(kGranule);
-  const uint32_t units = wide ? 0xff : (1u << (bytes + 1) / 2) - 1;
+  o.list[o.listed++] = {touch, index, static_cast<uint32_t>(a.base), &p};
   // A write meets those before it and reads, a read writes.
   const uint32_t meets = touch == Touch::kRead ? 1 : touch == Touch::kWrite ? 0x101 : 0;
   const uint32_t sets = touch == Touch::kRead ? 0x100 : 1;
   uint32_t met = 0;
-  const auto mark = [&](int l) {
-    const auto a = static_cast<uint32_t>(address[l]);
-    now.address[l] = a;
-    const uint32_t mine = units << (a % kGranule / 2);
-    uint16_t* touched = &o.touched[a / kGranule];
-    for (int i = 0; i <= static_cast<int>(wide); ++i) {
-      met |= touched[i] & (mine * meets);
-      touched[i] = static_cast<uint16_t>(touched[i] | mine * sets);
+  uint16_t* touched = &o.touched[a.first_granule()];
+  if (p.dense) {
+    touched += p.granule[0];
+    for (int i = 0; i < p.granules; ++i) {
+      met |= touched[i];
+      touched[i] = static_cast<uint16_t>(touched[i] | kAllUnits * sets);
     }
-  };
-  if (mask == kAllLanes) {
-    for (int l = 0; l < kLanes; ++l) mark(l);
+    met &= kAllUnits * meets;
   } else {
-    for_lanes(mask, mark);
+    for (int i = 0; i < p.granules; ++i) {
+      uint16_t& at = touched[p.granule[i]];
+      met |= at & (p.units[i] * meets);
+      at = static_cast<uint16_t>(at | p.units[i] * sets);
+    }
   }
   if (met == 0) return true;
   const size_t before = o.listed - 1;
@@ -239,8 +233,9 @@ void LaneShadow::move_to_words(Warp& w, Order& o) {
   for (size_t i = 0; i < o.listed; ++i) {
     const Listed& before = o.list[i];
     ++instance_;
-    for_lanes(before.mask, [&](int l) {
-      for_words(before.address[l], before.bytes, [&](uint32_t a, uint8_t m) {
+    for_lanes(before.pattern->mask, [&](int l) {
+      const auto address = before.base + static_cast<uint32_t>(before.pattern->relative[l]);
+      for_words(address, before.pattern->bytes, [&](uint32_t a, uint8_t m) {
         if (before.touch != Touch::kRead) {
           record_write(o, &word_of(w, a), before.index, l, m);
         } else {
@@ -253,28 +248,27 @@ void LaneShadow::move_to_words(Warp& w, Order& o) {
   o.in_words = true;
 }
 
-void LaneShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes) {
+void LaneShadow::read(Warp& w, const Instr& in, const Accesses& a) {
   Order& o = order_[static_cast<size_t>(w.id)];
   // All lanes met just now and meet again after this read: nothing can race with it.
   if (in.kind == Kind::kAligned && !o.partial && !o.in_words && o.listed == 0) return;
-  if (listed(o, Touch::kRead, in.index, mask, address, bytes)) return;
+  if (listed(o, Touch::kRead, in.index, a)) return;
   move_to_words(w, o);
-  for_lanes(mask, [&](int l) {
-    for_words(static_cast<uint32_t>(address[l]), bytes,
-              [&](uint32_t a, uint8_t m) { touch_read(w, o, in.index, l, a, m); });
+  for_lanes(a.mask, [&](int l) {
+    for_words(static_cast<uint32_t>(a.address[l]), a.bytes,
+              [&](uint32_t at, uint8_t m) { touch_read(w, o, in.index, l, at, m); });
   });
 }
 
-void LaneShadow::write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-                       const char* data, int stride) {
+void LaneShadow::write(Warp& w, const Instr& in, const Accesses& a, const char* data, int stride) {
   Order& o = order_[static_cast<size_t>(w.id)];
-  if (listed(o, Touch::kWrite, in.index, mask, address, bytes)) return;
+  if (listed(o, Touch::kWrite, in.index, a)) return;
   move_to_words(w, o);
-  const Store store{address, data, stride};
+  const Store store{a.address, data, stride};
   ++instance_;
-  for_lanes(mask, [&](int l) {
-    for_words(static_cast<uint32_t>(address[l]), bytes,
-              [&](uint32_t a, uint8_t m) { touch_write(w, o, in.index, l, a, m, store); });
+  for_lanes(a.mask, [&](int l) {
+    for_words(static_cast<uint32_t>(a.address[l]), a.bytes,
+              [&](uint32_t at, uint8_t m) { touch_write(w, o, in.index, l, at, m, store); });
   });
 }
 
@@ -292,14 +286,14 @@ void LaneShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, in
   });
 }
 
-void LaneShadow::land_copy(Warp& w, int index, uint32_t mask, const uint32_t* address, int bytes) {
+void LaneShadow::land_copies(Warp& w, int index, const Accesses& a) {
   Order& o = order_[static_cast<size_t>(w.id)];
-  if (mask == 0 || listed(o, Touch::kLanding, index, mask, address, bytes)) return;
+  if (listed(o, Touch::kLanding, index, a)) return;
   move_to_words(w, o);
   ++instance_;
-  for_lanes(mask, [&](int l) {
-    for_words(address[l], bytes,
-              [&](uint32_t a, uint8_t m) { record_write(o, &word_of(w, a), index, l, m); });
+  for_lanes(a.mask, [&](int l) {
+    for_words(static_cast<uint32_t>(a.address[l]), a.bytes,
+              [&](uint32_t at, uint8_t m) { record_write(o, &word_of(w, at), index, l, m); });
   });
 }
 

@@ -7,15 +7,15 @@
 // each other one is kept. Bytes are followed one by one, so lanes may share a word.
 //
 // Between two such points a warp mostly touches places apart: accesses are only listed, with a bit
-// for each 2 bytes that they read or write, until one meets a bit that it could race with. Then they
-// go into the words.
+// for each 2 bytes that they read or write, until one meets a bit that it could race with. Then
+// they go into the words.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <vector>
 
-#include "ir.h"
+#include "patterns.h"
 
 namespace llmkern {
 namespace emulator {
@@ -37,29 +37,28 @@ class LaneShadow {
   void meet(Warp& w, uint32_t mask);
 
   // As in SharedShadow. Throw Fault.
-  void read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes);
+  void read(Warp& w, const Instr& in, const Accesses& a);
   // `data` may be null: what will be written is not known.
-  void write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-             const char* data, int stride);
+  void write(Warp& w, const Instr& in, const Accesses& a, const char* data, int stride);
   void atomic(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
   // cp.async: its issue is checked as a write, its end is one.
-  void land_copy(Warp& w, int index, uint32_t mask, const uint32_t* address, int bytes);
+  void land_copies(Warp& w, int index, const Accesses& a);
 
  private:
   enum class Touch : uint8_t { kRead, kWrite, kLanding };
   struct Listed {
     Touch touch;
-    int index, bytes;
-    uint32_t mask;
-    uint32_t address[kLanes];
+    int index;
+    uint32_t base;
+    const Pattern* pattern;
   };
   struct Order {
     uint32_t base = 0, tick = 1;
-    std::vector<Listed> list;       // its first `listed`: since the lanes met
+    std::vector<Listed> list;  // its first `listed`: since the lanes met
     size_t listed = 0;
     std::vector<uint16_t> touched;  // by 16 bytes: 2-byte units written, then those read
-    bool in_words = false;     // accesses since then are in words_
-    bool partial = false;      // then the rest counts
+    bool in_words = false;          // accesses since then are in words_
+    bool partial = false;           // then the rest counts
     uint32_t at[kLanes];
     uint32_t seen[kLanes][kLanes];
   };
@@ -73,8 +72,7 @@ class LaneShadow {
     return tick <= o.base || (o.partial && o.seen[lane][other] >= tick);
   }
   // Lists an access if it cannot race with those before it; the end of a copy races with nothing.
-  template <class Address>
-  bool listed(Order& o, Touch touch, int index, uint32_t mask, const Address* address, int bytes);
+  bool listed(Order& o, Touch touch, int index, const Accesses& a);
   void forget_list(Order& o);
   void move_to_words(Warp& w, Order& o);
   void touch_read(Warp& w, const Order& o, int index, int lane, uint32_t address, uint8_t mask);

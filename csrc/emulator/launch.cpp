@@ -21,6 +21,7 @@ namespace {
 struct Kept {
   SharedShadow shadow;
   std::unique_ptr<LaneShadow> lanes;
+  std::unique_ptr<Patterns> patterns;
   std::vector<char> registers;
 };
 class Shelf {
@@ -30,6 +31,7 @@ class Shelf {
     if (kept_.empty()) return;
     worker->shadow = std::move(kept_.back().shadow);
     worker->lanes = std::move(kept_.back().lanes);
+    worker->patterns = std::move(kept_.back().patterns);
     worker->registers = std::move(kept_.back().registers);
     kept_.pop_back();
   }
@@ -37,7 +39,7 @@ class Shelf {
     const std::lock_guard<std::mutex> guard(mutex_);
     if (kept_.size() == kMost) return;
     kept_.push_back({std::move(worker->shadow), std::move(worker->lanes),
-                     std::move(worker->registers)});
+                     std::move(worker->patterns), std::move(worker->registers)});
   }
 
  private:
@@ -145,6 +147,8 @@ class Run {
     worker->poison.resize(static_cast<size_t>(k.poison_slots) * warps + 1);
     worker->counts.resize(k.code.size());
     worker->hints.resize(k.code.size());
+    if (worker->patterns == nullptr) worker->patterns = std::make_unique<Patterns>();
+    worker->patterns->begin_launch(static_cast<size_t>(k.slots) * warps);
     if (!launch_.options.warp_races) {
       worker->lanes = nullptr;
     } else if (worker->lanes == nullptr) {

@@ -237,6 +237,11 @@ int capability_of(const std::string& target) {
   return digit == std::string::npos ? 0 : std::atoi(target.c_str() + digit);
 }
 
+bool touches_memory(Class c) {
+  return (c >= Class::kGlobalLoad && c <= Class::kAtomic) || c == Class::kMatrixLoad ||
+         c == Class::kAsyncCopy;
+}
+
 std::unique_ptr<Kernel> load_kernel(Program* program, const Function& entry) {
   const Function f = inline_calls(program->ast, entry);
   auto kernel = std::make_unique<Kernel>();
@@ -249,6 +254,9 @@ std::unique_ptr<Kernel> load_kernel(Program* program, const Function& entry) {
   for (size_t i = 0; i < f.body.size(); ++i) {
     kernel->code[i].index = static_cast<int32_t>(i);
     decode_statement(&builder, f.body[i], &kernel->code[i]);
+    if (!touches_memory(kernel->code[i].klass)) continue;
+    kernel->code[i].slot = kernel->slots;
+    kernel->slots += 2;
   }
   // A body may end without ret.
   Instr& last = kernel->code.back();

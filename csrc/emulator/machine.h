@@ -11,6 +11,7 @@
 #include "ir.h"
 #include "lane_shadow.h"
 #include "memory.h"
+#include "patterns.h"
 #include "shared_shadow.h"
 
 namespace llmkern {
@@ -86,13 +87,17 @@ struct Launch {
 
 // One cp.async of a warp: lanes whose copy is still under way.
 struct AsyncCopy {
+  AsyncCopy() {}  // leaves the arrays as they are
+
   uint32_t mask = 0;
   uint32_t group = 0;  // by commit count of the lanes
   uint8_t bytes = 0;
-  int32_t index = 0;  // instruction
-  uint32_t to[kLanes];
-  uint32_t size[kLanes];  // of the source, the rest is zero
+  bool full = false;                 // no source is shorter
+  int32_t index = 0;                 // instruction
+  const Pattern* pattern = nullptr;  // of `to`, if it is kept
+  uint64_t to[kLanes];
   uint64_t from[kLanes];
+  uint32_t size[kLanes];  // of the source, the rest is zero
 };
 
 struct Group {  // lanes of a warp at one place
@@ -127,7 +132,8 @@ struct Warp {
   int barrier = 0;
   int32_t barrier_pc = 0;
   // cp.async.
-  std::vector<AsyncCopy> copies;
+  std::vector<std::unique_ptr<AsyncCopy>> copies;  // the first `under_way`, in order; spare ones
+  size_t under_way = 0;
   uint32_t committed[kLanes] = {};
   // Order between warps: own epoch, and the epoch of each other one that is known to be before.
   uint32_t epoch = 0;
@@ -165,6 +171,7 @@ struct Worker {
   std::vector<char> registers, shared, local;
   std::vector<uint32_t> poison;
   SharedShadow shadow;
+  std::unique_ptr<Patterns> patterns;
   std::unique_ptr<LaneShadow> lanes;  // where lanes of a warp are checked against each other
   std::vector<Count> counts;
   std::string printed;                   // by the CTA that runs
@@ -177,8 +184,15 @@ void run_warp(Warp& w);
 // cta.cpp: runs one CTA to its end; throws Fault, after which `worker.cta` says where.
 void run_cta(Worker& worker, int64_t linear, int64_t position);
 void arrive_at_barrier(Warp& w, const Instr& in, uint32_t mask);
-// async.cpp.
-void finish_copies(Warp& w, const Instr& in, uint32_t mask, uint32_t pending, bool uncommitted);
+
+// What the lanes of `mask`, which is not empty, touch in shared or else global memory. `which`: 1
+// for the second place that an instruction touches.
+inline Accesses accesses_of(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
+                            int bytes, bool shared, int which = 0) {
+  const size_t slot = static_cast<size_t>(in.slot + which) * w.cta->warps.size();
+  return {w.worker->patterns->find(slot + static_cast<size_t>(w.id), mask, address, bytes, shared),
+          address};
+}
 
 // Lanes of a mask, lowest first: for_lanes(mask, [&](int lane) {...}).
 template <class F>

@@ -29,6 +29,13 @@ struct StoreRecord {
   int32_t index;            // instruction
 };
 
+// Of 16 bytes that one CTA stored as a whole, the values apart from it. All zero: nobody.
+struct StoredBlock {
+  uint32_t after_position;  // or kSplit: each element has a record of its own
+  int32_t index;
+};
+constexpr uint32_t kSplit = ~uint32_t{0};
+
 // The two earliest CTAs that read an element before they stored it.
 struct ReadRecord {
   uint32_t first, second;  // position + 1
@@ -46,6 +53,8 @@ struct Allocation {
   mutable std::atomic_flag lock = ATOMIC_FLAG_INIT;
   uint8_t* written = nullptr;  // of its only tensor
   // Made, zeroed, at the first access.
+  mutable std::unique_ptr<StoredBlock[], Freed> blocks;
+  mutable std::unique_ptr<char[], Freed> values;  // of the blocks
   mutable std::unique_ptr<StoreRecord[], Freed> stores;
   mutable std::unique_ptr<ReadRecord[], Freed> reads;
   mutable std::unique_ptr<OrderRecord[], Freed> order;

@@ -2,6 +2,7 @@
 // are IEEE; .ftz flushes inputs and results; div.full and div.approx are exactly rounded here.
 #include <cfenv>
 #include <cmath>
+#include <cstring>
 
 #include "families.h"
 #include "formats.h"
@@ -34,10 +35,18 @@ struct Arithmetic {
 // fma with the host's instruction where it has one; std::fma is a slow but exact call elsewhere.
 using FmaLanes = void (*)(float* d, const float* a, const float* b, const float* c);
 #if defined(__x86_64__)
+// With -frounding-math compilers leave __builtin_fmaf one by one.
 __attribute__((target("avx2,fma"))) void fma_native(float* d, const float* a, const float* b,
                                                     const float* c) {
-#pragma GCC ivdep
-  for (int l = 0; l < kLanes; ++l) d[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  using Part = float __attribute__((vector_size(32)));
+  for (int l = 0; l < kLanes; l += 8) {
+    Part x, y, z;
+    std::memcpy(&x, a + l, sizeof x);
+    std::memcpy(&y, b + l, sizeof y);
+    std::memcpy(&z, c + l, sizeof z);
+    x = __builtin_ia32_vfmaddps256(x, y, z);
+    std::memcpy(d + l, &x, sizeof x);
+  }
 }
 #endif
 void fma_portable(float* d, const float* a, const float* b, const float* c) {

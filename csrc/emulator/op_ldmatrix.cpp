@@ -42,8 +42,8 @@ void ldmatrix(Warp& w, const Instr& in, uint32_t) {
   effective_addresses(w, in, address);
   resolve_read(w, in, row_lanes(in), in.space, address, kRowBytes, from);
   for (int m = 0; m < in.width; ++m) {
-    // Element (i, j) of a matrix as it lies in memory goes to half j % 2 of lane 4i + j / 2: a row is
-    // four lanes of the register as they are.
+    // Element (i, j) of a matrix as it lies in memory goes to half j % 2 of lane 4i + j / 2: a row
+    // is four lanes of the register as they are.
     uint32_t* d = w.at<uint32_t>(in.r[m]);
     Matrix matrix;
     for (int row = 0; row < 8; ++row) {

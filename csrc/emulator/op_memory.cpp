@@ -86,6 +86,15 @@ void load(Warp& w, const Instr& in, uint32_t mask) {
   }
 }
 
+template <int kBytes, class T>
+void scatter(uint32_t mask, const T (*data)[kMostBytes / sizeof(T)], char* const* to) {
+  if (mask == kAllLanes) {
+    for (int l = 0; l < kLanes; ++l) std::memcpy(to[l], data[l], kBytes);
+  } else {
+    for_lanes(mask, [&](int l) { std::memcpy(to[l], data[l], kBytes); });
+  }
+}
+
 template <Space kSpace, class T, class R>
 void store(Warp& w, const Instr& in, uint32_t mask) {
   uint64_t address[kLanes];
@@ -98,7 +107,16 @@ void store(Warp& w, const Instr& in, uint32_t mask) {
   }
   const int bytes = static_cast<int>(sizeof(T)) * in.width;
   resolve_write(w, in, mask, kSpace, address, bytes, reinterpret_cast<char*>(data), kMostBytes, to);
-  for_lanes(mask, [&](int l) { std::memcpy(to[l], data[l], static_cast<size_t>(bytes)); });
+  switch (in.width) {
+    case 1:
+      return scatter<sizeof(T)>(mask, data, to);
+    case 2:
+      return scatter<2 * sizeof(T)>(mask, data, to);
+    case 4:
+      return scatter<4 * sizeof(T)>(mask, data, to);
+    default:
+      return scatter<kMostBytes>(mask, data, to);
+  }
 }
 
 template <Space kSpace, class T>

@@ -1,6 +1,7 @@
 #include "shared_shadow.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "machine.h"
@@ -25,38 +26,45 @@ inline void for_words(uint32_t address, int bytes, const F& f) {
   }
 }
 
-constexpr int kGranule = 16, kWords = 4;
+constexpr uint32_t kGranule = kGranuleBytes, kWords = 4;
 constexpr uint8_t kAll = 0xf;
+constexpr uint32_t kWhole = 0xffff;
 
-// Calls whole(lane, address) for each granule that lanes touch all of, several lanes of a row
-// together, and rest(lane) for the other lanes.
-template <class Whole, class Rest>
-inline void for_granules(uint32_t mask, const uint64_t* address, int bytes, const Whole& whole,
-                         const Rest& rest) {
-  if (bytes >= kGranule) {
-    return for_lanes(mask, [&](int l) {
-      for (int i = 0; i < bytes; i += kGranule)
-        whole(l, static_cast<uint32_t>(address[l]) + static_cast<uint32_t>(i));
-    });
+// Granules that an instruction touches are mostly alike: what was found and done for one holds for
+// another one with the same record.
+class Repeated {
+ public:
+  using Record = std::array<uint64_t, sizeof(ShadowGranule) / sizeof(uint64_t)>;
+
+  static Record record(const ShadowGranule& g) {
+    Record r;
+    std::memcpy(&r, &g, sizeof r);
+    return r;
   }
-  if (mask != kAllLanes) return for_lanes(mask, rest);
-  const int lanes = kGranule / bytes;
-  for (int first = 0; first < kLanes; first += lanes) {
-    uint64_t apart = address[first] & (kGranule - 1);
-    for (int l = first + 1; l < first + lanes; ++l)
-      apart |= address[l] ^ (address[first] + static_cast<uint64_t>((l - first) * bytes));
-    if (apart == 0) {
-      whole(first, static_cast<uint32_t>(address[first]));
-    } else {
-      for (int l = first; l < first + lanes; ++l) rest(l);
-    }
+  bool done(ShadowGranule* g) const {
+    if (after_ == nullptr) return false;
+    const Record now = record(*g);
+    uint64_t other = 0;
+    for (size_t i = 0; i < now.size(); ++i) other |= now[i] ^ before_[i];
+    if (other != 0) return false;
+    *g = *after_;
+    return true;
   }
-}
+  // `after`: where the result is, which stays as it is.
+  void remember(const Record& before, const ShadowGranule& after) {
+    before_ = before;
+    after_ = &after;
+  }
+
+ private:
+  Record before_;
+  const ShadowGranule* after_ = nullptr;
+};
 
 }  // namespace
 
 void SharedShadow::begin_cta(int64_t bytes) {
-  const auto granules = static_cast<size_t>((bytes + kGranule - 1) / kGranule);
+  const auto granules = static_cast<size_t>((bytes + kGranuleBytes - 1) / kGranuleBytes);
   const bool wrapped = epoch_ > 0xf0000000u;
   if (wrapped) {
     granules_.assign(granules_.size(), ShadowGranule());
@@ -91,11 +99,11 @@ inline ShadowWord* SharedShadow::whole(uint32_t address) {
 
 bool SharedShadow::join(uint32_t granule) {
   const ShadowWord* first = &words_[granule * kWords];
-  for (int i = 1; i < kWords; ++i) {
+  for (uint32_t i = 1; i < kWords; ++i) {
     if (std::memcmp(first, first + i, sizeof *first) != 0) return false;
   }
   granules_[granule].whole = *first;
-  granules_[granule].split = false;
+  granules_[granule].split = 0;
   return true;
 }
 
@@ -104,11 +112,11 @@ ShadowWord* SharedShadow::whole_for_write(const Warp& w, uint32_t address) {
   ShadowGranule& g = granules_[address / kGranule];
   if (!g.split) return plain_write(w, g.whole) ? &g.whole : nullptr;
   const ShadowWord* words = &words_[address / kGranule * kWords];
-  for (int i = 0; i < kWords; ++i) {
+  for (uint32_t i = 0; i < kWords; ++i) {
     if (!plain_write(w, words[i]) || words[i].read_epoch > w.all_seen) return nullptr;
   }
   g.whole = ShadowWord();
-  g.split = false;
+  g.split = 0;
   return &g.whole;
 }
 
@@ -116,7 +124,7 @@ ShadowWord& SharedShadow::word(uint32_t address) {
   ShadowGranule& g = granules_[address / kGranule];
   if (!g.split) {
     std::fill_n(&words_[address / kGranule * kWords], kWords, g.whole);
-    g.split = true;
+    g.split = 1;
   }
   return words_[address / 4];
 }
@@ -273,46 +281,81 @@ void SharedShadow::write_words(Warp& w, const Instr& in, int lane, uint32_t addr
                                const char* data) {
   for_words(address, bytes, [&](uint32_t a, uint8_t m) {
     ShadowWord& word = this->word(a);
-    m == kAll && plain_write(w, word)
+    m == kAll&& plain_write(w, word)
         ? record_full_write(w, place(w, in.index), &word)
         : check_write(w, in, lane, a, m,
                       data == nullptr ? nullptr : data + (static_cast<int64_t>(a) - address));
   });
 }
 
-void SharedShadow::read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                        int bytes) {
+bool SharedShadow::read_plain(Warp& w, const Instr& in, const Accesses& a) {
   const uint32_t at = place(w, in.index);
-  const int step = std::min(bytes, kGranule);
-  const auto rest = [&](int l) {
-    read_words(w, in, l, static_cast<uint32_t>(address[l]), bytes);
-  };
-  const auto whole = [&](int l, uint32_t a) {
-    ShadowWord* const word = this->whole(a);
-    if (word != nullptr && plain_read(w, *word, kAll)) return record_read(w, at, word, kAll);
-    for (int i = 0; i < kGranule; i += step)
-      read_words(w, in, l + i / step, a + static_cast<uint32_t>(i), step);
-  };
-  for_granules(mask, address, bytes, whole, rest);
+  Repeated repeated;
+  for (int i = 0; i < a.pattern.granules; ++i) {
+    const uint32_t number = a.first_granule() + static_cast<uint32_t>(a.pattern.granule[i]);
+    ShadowGranule& g = granules_[number];
+    const uint32_t bytes = a.pattern.touched[i];
+    if (bytes == kWhole && repeated.done(&g)) continue;
+    const bool was_whole = g.split == 0;
+    const Repeated::Record before = Repeated::record(g);
+    ShadowWord* const word = bytes == kWhole ? whole(number * kGranule) : nullptr;
+    if (word != nullptr) {
+      if (!plain_read(w, *word, kAll)) return false;
+      record_read(w, at, word, kAll);
+      if (was_whole) repeated.remember(before, g);  // else the words count
+      continue;
+    }
+    for (uint32_t k = 0; k < kWords; ++k) {
+      const auto part = static_cast<uint8_t>(bytes >> (4 * k) & kAll);
+      if (part == 0) continue;
+      ShadowWord& one = this->word(number * kGranule + 4 * k);
+      if (!plain_read(w, one, part)) return false;
+      record_read(w, at, &one, part);
+    }
+  }
+  return true;
 }
 
-void SharedShadow::write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address,
-                         int bytes, const char* data, int stride) {
+bool SharedShadow::write_plain(Warp& w, const Instr& in, const Accesses& a) {
   const uint32_t at = place(w, in.index);
-  const int step = std::min(bytes, kGranule);
-  const auto rest = [&](int l) {
-    write_words(w, in, l, static_cast<uint32_t>(address[l]), bytes, data + l * stride);
-  };
-  const auto whole = [&](int first, uint32_t a) {
-    ShadowWord* const word = whole_for_write(w, a);
-    if (word != nullptr) return record_full_write(w, at, word);
-    for (int i = 0; i < kGranule; i += step) {
-      const int l = first + i / step;
-      const uint32_t to = a + static_cast<uint32_t>(i);
-      write_words(w, in, l, to, step, data + l * stride + (to - static_cast<uint32_t>(address[l])));
+  Repeated repeated;
+  for (int i = 0; i < a.pattern.granules; ++i) {
+    const uint32_t number = a.first_granule() + static_cast<uint32_t>(a.pattern.granule[i]);
+    ShadowGranule& g = granules_[number];
+    const uint32_t bytes = a.pattern.touched[i];
+    if (bytes == kWhole && repeated.done(&g)) continue;
+    const bool was_whole = g.split == 0;
+    const Repeated::Record before = Repeated::record(g);
+    ShadowWord* const word = bytes == kWhole ? whole_for_write(w, number * kGranule) : nullptr;
+    if (word != nullptr) {
+      record_full_write(w, at, word);
+      if (was_whole) repeated.remember(before, g);  // else the words count
+      continue;
     }
-  };
-  for_granules(mask, address, bytes, whole, rest);
+    for (uint32_t k = 0; k < kWords; ++k) {
+      const auto part = static_cast<uint8_t>(bytes >> (4 * k) & kAll);
+      if (part == 0) continue;
+      ShadowWord& one = this->word(number * kGranule + 4 * k);
+      if (part != kAll || !plain_write(w, one)) return false;
+      record_full_write(w, at, &one);
+    }
+  }
+  return true;
+}
+
+// What is looked at twice is recorded as it was the first time.
+void SharedShadow::read(Warp& w, const Instr& in, const Accesses& a) {
+  if (read_plain(w, in, a)) return;
+  for_lanes(a.mask,
+            [&](int l) { read_words(w, in, l, static_cast<uint32_t>(a.address[l]), a.bytes); });
+}
+
+void SharedShadow::write(Warp& w, const Instr& in, const Accesses& a, const char* data,
+                         int stride) {
+  if (write_plain(w, in, a)) return;
+  for_lanes(a.mask, [&](int l) {
+    write_words(w, in, l, static_cast<uint32_t>(a.address[l]), a.bytes, data + l * stride);
+  });
 }
 
 // Atomics of different warps are in order with each other, not with plain accesses. A word that
@@ -332,29 +375,53 @@ void SharedShadow::atomic(Warp& w, const Instr& in, int lane, uint32_t address, 
   });
 }
 
-void SharedShadow::launch_copy(Warp& w, const Instr& in, int lane, uint32_t address, int bytes) {
-  ShadowWord* const whole = bytes == kGranule ? whole_for_write(w, address) : nullptr;
-  if (whole != nullptr) {
-    record_full_write(w, place(w, in.index), whole);
-    whole->in_flight = w.options->async_copies ? kAll : 0;
-    return;
-  }
-  for_words(address, bytes, [&](uint32_t a, uint8_t m) {
-    check_write(w, in, lane, a, m, nullptr);
-    if (w.options->async_copies) word(a).in_flight |= m;
+void SharedShadow::launch_copies(Warp& w, const Instr& in, const Accesses& a) {
+  const bool follow = w.options->async_copies;
+  Repeated repeated;
+  for_lanes(a.mask, [&](int l) {
+    const auto address = static_cast<uint32_t>(a.address[l]);
+    if (a.bytes == kGranuleBytes) {
+      ShadowGranule& g = granules_[address / kGranule];
+      if (repeated.done(&g)) return;
+      const bool was_whole = g.split == 0;
+      const Repeated::Record before = Repeated::record(g);
+      ShadowWord* const whole = whole_for_write(w, address);
+      if (whole != nullptr) {
+        record_full_write(w, place(w, in.index), whole);
+        whole->in_flight = follow ? kAll : 0;
+        if (was_whole) repeated.remember(before, g);  // else the words count
+        return;
+      }
+    }
+    for_words(address, a.bytes, [&](uint32_t at, uint8_t m) {
+      check_write(w, in, l, at, m, nullptr);
+      if (follow) word(at).in_flight |= m;
+    });
   });
 }
 
-void SharedShadow::land_copy(Warp& w, int index, uint32_t address, int bytes) {
-  ShadowWord* const whole = bytes == kGranule ? this->whole(address) : nullptr;
-  if (whole != nullptr) {
-    whole->in_flight = 0;
-    return record_write(w, index, whole, kAll);
-  }
-  for_words(address, bytes, [&](uint32_t a, uint8_t m) {
-    ShadowWord& word = this->word(a);
-    word.in_flight = static_cast<uint8_t>(word.in_flight & ~m);
-    record_write(w, index, &word, m);
+void SharedShadow::land_copies(Warp& w, int index, const Accesses& a) {
+  Repeated repeated;
+  for_lanes(a.mask, [&](int l) {
+    const auto address = static_cast<uint32_t>(a.address[l]);
+    if (a.bytes == kGranuleBytes) {
+      ShadowGranule& g = granules_[address / kGranule];
+      if (repeated.done(&g)) return;
+      const bool was_whole = g.split == 0;
+      const Repeated::Record before = Repeated::record(g);
+      ShadowWord* const whole = this->whole(address);
+      if (whole != nullptr) {
+        whole->in_flight = 0;
+        record_write(w, index, whole, kAll);
+        if (was_whole) repeated.remember(before, g);  // else the words count
+        return;
+      }
+    }
+    for_words(address, a.bytes, [&](uint32_t at, uint8_t m) {
+      ShadowWord& word = this->word(at);
+      word.in_flight = static_cast<uint8_t>(word.in_flight & ~m);
+      record_write(w, index, &word, m);
+    });
   });
 }
 

@@ -10,6 +10,7 @@
 namespace llmkern {
 namespace emulator {
 
+struct Accesses;
 struct Warp;
 struct Instr;
 
@@ -28,7 +29,7 @@ struct ShadowWord {
 // 16 bytes. While all accesses are of the whole of it, one record stands for its four words.
 struct alignas(32) ShadowGranule {
   ShadowWord whole;
-  bool split = false;  // into words
+  uint64_t split = 0;  // into words
 };
 
 class SharedShadow {
@@ -38,15 +39,13 @@ class SharedShadow {
   uint32_t next_epoch() { return ++epoch_; }
   uint32_t epoch() const { return epoch_; }
 
-  // Accesses of a warp, up to 32 bytes a lane; `data`: what a store will write, `stride` bytes a
-  // lane. Throw Fault.
-  void read(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes);
-  void write(Warp& w, const Instr& in, uint32_t mask, const uint64_t* address, int bytes,
-             const char* data, int stride);
+  // Up to 32 bytes a lane; `data`: what a store will write, `stride` bytes a lane. Throw Fault.
+  void read(Warp& w, const Instr& in, const Accesses& a);
+  void write(Warp& w, const Instr& in, const Accesses& a, const char* data, int stride);
   void atomic(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
   // cp.async: from issue to wait nobody may touch the bytes.
-  void launch_copy(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
-  void land_copy(Warp& w, int index, uint32_t address, int bytes);
+  void launch_copies(Warp& w, const Instr& in, const Accesses& a);
+  void land_copies(Warp& w, int index, const Accesses& a);
 
  private:
   void check_read(Warp& w, const Instr& in, int lane, uint32_t address, uint8_t bytes);
@@ -65,6 +64,9 @@ class SharedShadow {
   const ShadowWord& look(uint32_t address) const;
   bool plain_read(const Warp& w, const ShadowWord& word, uint8_t bytes) const;
   bool plain_write(const Warp& w, const ShadowWord& word) const;
+  // Reads or writes what is plain; false: something was not, and the lanes are to be looked at.
+  bool read_plain(Warp& w, const Instr& in, const Accesses& a);
+  bool write_plain(Warp& w, const Instr& in, const Accesses& a);
   void read_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes);
   void write_words(Warp& w, const Instr& in, int lane, uint32_t address, int bytes,
                    const char* data);
