@@ -1,0 +1,67 @@
+"""Times what a call of the Triton backend costs the host, with launches that do nothing.
+
+    python tools/launch_cost.py [--repeat N]
+
+The emulator's device stands for the card, its launcher for the driver's; the latter is replaced by
+one that returns at once. What is left is what a call does on a card as well, before the driver:
+checks, choice, allocation, Triton's own look at the arguments. Microseconds of CPU time, best of
+the runs; a new length in every run, so that a tile search or a new specialisation for it would
+show.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+import llmkern
+from llmkern import emulator
+from llmkern.emulator import triton_driver
+from llmkern.functional import layer_norm, linear, scaled_dot_product_attention
+
+
+def cases() -> dict[str, Callable[[int], object]]:
+    w, ones = torch.randn(256, 256).bfloat16(), torch.ones(256).bfloat16()
+    norm_in, q = torch.randn(4096, 256).bfloat16(), torch.randn(1, 4, 4096, 64).bfloat16()
+    learned = torch.randn(4096, 256).bfloat16().requires_grad_()
+
+    def norm_both(n: int):
+        y = layer_norm(learned[:n], (256,), ones, ones)
+        return torch.autograd.grad(y, learned, y)
+
+    return {
+        "two allocations": lambda n: (torch.empty(n, 256), torch.empty(n)),
+        "layer_norm": lambda n: layer_norm(norm_in[:n], (256,), ones, ones),
+        "layer_norm, forward + backward": norm_both,
+        "linear": lambda n: linear(norm_in[:n], w),
+        "attention": lambda n: scaled_dot_product_attention(q[:, :, :n], q[:, :, :n], q[:, :, :n]),
+    }
+
+
+def best(call: Callable[[int], object], repeat: int) -> float:
+    found = []
+    for n in range(1, 130):  # every form that lengths can take is compiled
+        call(n)
+    for i in range(repeat):
+        n = 16 * (i % 8 + 1) + i % 3
+        begin = time.thread_time()
+        for k in range(10):
+            call(n + k)
+        found.append(1e5 * (time.thread_time() - begin))
+    return min(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeat", type=int, default=200)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    triton_driver.Launcher.__call__ = lambda self, *args: None
+    with emulator.device("sm_80"), llmkern.use_backend("triton"):
+        for name, call in cases().items():
+            print(f"{name:34}{best(call, options.repeat):8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
