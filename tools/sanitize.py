@@ -29,7 +29,7 @@ KERNEL_TESTS = [
 EMULATOR_TESTS = [
     f"test_emulator_{of}.py"
     for of in "bugs calls checks convert float integer matrix memory nvcc opcodes".split()
-    + "parser plugin races warp".split()
+    + "parser patterns plugin races tickets warp".split()
 ]
 # The GPU backends' cases would run the emulator for hours; compilers do not need sanitizing.
 SELECTION = "not compile and not triton and not cuda"
