@@ -1,12 +1,25 @@
 #include "global_shadow.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "address_sources.h"
 
 namespace llmkern {
 namespace emulator {
+
+void Freed::operator()(void* p) const {
+  if (mapped == 0) {
+    std::free(p);
+  } else {
+    munmap(p, mapped);
+  }
+}
+
 namespace {
 
 // Holds an allocation's lock while host threads share it.
@@ -73,10 +86,25 @@ void for_allocations(Warp& w, const Accesses& accesses, const F& f) {
   }
 }
 
-// For each `bytes` of an allocation.
+// For each `bytes` of an allocation. What is kept of a large tensor may pass the machine's memory
+// many times, most of it untouched: then it is mapped, and promised nothing.
+constexpr uint64_t kMapped = 1 << 26;
+
 template <class T>
-T* zeroed(const Allocation& a, uint64_t bytes) {
-  return static_cast<T*>(std::calloc((a.end - a.begin + bytes - 1) / bytes, sizeof(T)));
+std::unique_ptr<T[], Freed> zeroed(const Allocation& a, uint64_t bytes) {
+  const uint64_t count = (a.end - a.begin + bytes - 1) / bytes;
+  Freed freed;
+  void* found = nullptr;
+  if (count * sizeof(T) < kMapped) {
+    found = std::calloc(count, sizeof(T));
+  } else {
+    freed.mapped = count * sizeof(T);
+    found = mmap(nullptr, freed.mapped, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (found == MAP_FAILED) found = nullptr;
+  }
+  if (found == nullptr) throw std::bad_alloc();
+  return {static_cast<T*>(found), freed};
 }
 
 // Calls f(element, value) for each shadow element of a lane's bytes; value: what `data` holds
@@ -138,7 +166,7 @@ template <class T>
 void split(const Allocation& a, uint64_t number) {
   StoredBlock& block = a.blocks[number];
   if (block.after_position == kSplit) return;
-  if (a.stores == nullptr) a.stores.reset(zeroed<StoreRecord>(a, a.granule));
+  if (a.stores == nullptr) a.stores = zeroed<StoreRecord>(a, a.granule);
   if (block.after_position != 0) {
     const auto note = [&](uint64_t element, uint32_t value) {
       a.stores[element] = {block.after_position, value, block.index};
@@ -211,8 +239,8 @@ template <class T>
 void note_stores(Warp& w, const Instr& in, const Allocation& a, const Accesses& accesses,
                  uint32_t lanes, const char* data, int stride) {
   if (a.blocks == nullptr) {
-    a.blocks.reset(zeroed<StoredBlock>(a, kBlock));
-    a.values.reset(static_cast<char*>(std::malloc(a.end - a.begin)));
+    a.blocks = zeroed<StoredBlock>(a, kBlock);
+    a.values = zeroed<char>(a, 1);
   }
   const int bytes = accesses.bytes, together = static_cast<int>(kBlock) / bytes;
   const bool by_block = accesses.pattern.row && lanes == kAllLanes && together > 1 &&
@@ -235,7 +263,7 @@ void note_stores(Warp& w, const Instr& in, const Allocation& a, const Accesses& 
 
 void note_ordered(Warp& w, const Instr& in, const Allocation& a, uint64_t element, uint32_t value,
                   GlobalAccessKind kind) {
-  if (a.order == nullptr) a.order.reset(zeroed<OrderRecord>(a, a.granule));
+  if (a.order == nullptr) a.order = zeroed<OrderRecord>(a, a.granule);
   OrderRecord& record = a.order[element];
   const GlobalAccess* other = w.launch->order->touch(w, in, kind, value, &record);
   if (other == nullptr) return;
@@ -264,7 +292,7 @@ void record_global_reads(Warp& w, const Instr& in, const Accesses& accesses) {
   const int bytes = accesses.bytes;
   for_allocations(w, accesses, [&](const Allocation& a, uint32_t lanes) {
     if (w.launch->order == nullptr && a.reads == nullptr)
-      a.reads.reset(zeroed<ReadRecord>(a, a.granule));
+      a.reads = zeroed<ReadRecord>(a, a.granule);
     const auto granule = static_cast<uint64_t>(a.granule);
     for_lanes(lanes, [&](int l) {
       const uint64_t first = (address[l] - a.begin) / granule;
@@ -304,7 +332,7 @@ void record_global_atomics(Warp& w, const Instr& in, const Accesses& accesses,
   const int bytes = accesses.bytes;
   GlobalOrder& order = *w.launch->order;
   for_allocations(w, accesses, [&](const Allocation& a, uint32_t lanes) {
-    if (a.order == nullptr) a.order.reset(zeroed<OrderRecord>(a, a.granule));
+    if (a.order == nullptr) a.order = zeroed<OrderRecord>(a, a.granule);
     const auto record = [&](int l) -> OrderRecord& {
       return a.order[(address[l] - a.begin) / a.granule];
     };

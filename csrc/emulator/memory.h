@@ -42,8 +42,10 @@ struct ReadRecord {
   int32_t first_index, second_index;
 };
 
+// Of zeroed memory: from calloc, or mapped if that many bytes.
 struct Freed {
-  void operator()(void* p) const { std::free(p); }
+  size_t mapped = 0;
+  void operator()(void* p) const;
 };
 
 struct Allocation {
