@@ -229,6 +229,19 @@ def test_compilations_name_every_argument_of_their_kernel():
             seen.add(form.name)
 
 
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("sides", [dict(mask=(40, 70)), dict(padded=True)], ids=["mask", "padded"])
+def test_masks_of_bytes_with_dropout_and_wide_heads(dim, sides):
+    case = Case(1, 1, 40, 70, dim, p=0.1, **sides)
+    tensors = make(case, torch.float16)
+    exact_in, our_in = with_grad(tensors, case, torch.float64), with_grad(tensors, case)
+    with dispatch.use_backend("triton"):
+        got = gradients(list(ours(our_in, case)), inputs_of(our_in, case))
+    want = gradients(formula(exact_in, case), inputs_of(exact_in, case))
+    for ours_, exact in zip(got, want, strict=True):
+        assert (ours_.double() - exact).norm() <= 2e-3 * exact.norm()
+
+
 def test_dropout_of_everything_leaves_lse():
     q = torch.randn(1, 1, 5, 8)
     out, lse = scaled_dot_product_attention(q, q, q, dropout_p=1.0, return_lse=True,

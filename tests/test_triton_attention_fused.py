@@ -22,6 +22,7 @@ CASES = {
     "odd head dim": Case(1, 1, 9, 131, 50, causal=True, align="bottom_right"),
     "group, wide": Case(1, 4, 131, 129, 128, g=2, causal=True),
     "window to the right": Case(1, 1, 130, 140, 64, window=(None, 7)),
+    "band beyond the last query": Case(1, 1, 100, 140, 64, window=(None, 20)),
     "key padding": Case(2, 1, 33, 140, 64, padded=True),
 }
 

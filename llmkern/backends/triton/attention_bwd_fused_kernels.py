@@ -114,8 +114,8 @@ def add_in_turn(part, total, lock, i0, n, dq, size, right, scale, COLS: tl.const
         wait_for_turn(lock, n)
         own += tl.load(at)
     last = kv_len - 1
-    if RIGHT:
-        last = tl.minimum(tl.minimum(i0 + block, q_len) - 1 + shift + right, last)
+    if RIGHT:  # `band` sends a block of keys to whole blocks of queries, also beyond the last query
+        last = tl.minimum(i0 + (block - 1) + shift + right, last)
     if n == last // BLOCK_N:
         base, stride = dq
         store_rows(base, i0, stride, q_len, 0, COLS, gathered(own, block, width, WARP_ROWS) * scale)

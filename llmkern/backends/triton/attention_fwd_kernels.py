@@ -125,7 +125,7 @@ def attend(state, q, k, v, begin, end, i, slab, offsets, size, side, rule, drop,
             s = tl.where(visible, s, -INFINITY)
         higher = tl.maximum(top, tl.max(s, 1))
         least = higher
-        if EDGE or FORM.masked or FORM.split:  # else a row sees some key of every block
+        if FORM.hides or FORM.sinks or FORM.split:  # else a row sees some key of every block
             least = tl.where(higher == -INFINITY, 0.0, higher)  # never inf - inf
         p = exponential(s, least[:, None], rule, FORM)
         fade = tl.exp2((top - least) * factor)

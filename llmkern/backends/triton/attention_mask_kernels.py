@@ -27,7 +27,7 @@ INFINITY = tl.constexpr(float("inf"))
 INTERPRETED = tl.constexpr(_launch.interpreted())  # the interpreter knows no PTX
 CAREFUL_COLUMNS = tl.constexpr(16)
 CAREFUL_KEYS = tl.constexpr(32)
-CAREFUL_QUERIES = tl.constexpr(16)
+CAREFUL_QUERIES = tl.constexpr(32)
 
 
 @triton.jit
@@ -175,6 +175,8 @@ def in_band(i, j, i0, j0, size, FORM: tl.constexpr):
         if FORM.tail_edge:
             before = tl.where(j < kv_len - j0, before, q_len - i0)
         visible = columns_up_to(before, i.shape[1]) == 0
+        if FORM.tail_edge:  # queries that do not exist have scores too: 0 times a key's infinity
+            visible = visible & columns_up_to(j * 0 + (q_len - 1 - i0), i.shape[1])
         if FORM.left:
             visible = visible & columns_up_to(j + (j0 - shift + left - i0), i.shape[1])
     return visible

@@ -102,7 +102,7 @@ def form(spec: AttentionSpec, precision: str) -> Form:
         tail_edge=left or spec.q_len % LARGEST_BLOCK != 0 or spec.kv_len % LARGEST_BLOCK != 0,
         masked=masked,
         sees_first=not left and spec.shift + spec.right >= 0 and spec.kv_len > 0,
-        hides=left or right or masked,
+        hides=left or right or masked or spec.kv_len == 0,
         bias=spec.bias,
         mask=spec.mask,
         key_mask=spec.key_mask,
@@ -170,6 +170,20 @@ SHORT_BAND = 1024
 _SHORT = {80: Tile(64, 64, 2, 2), 86: Tile(64, 64, 2, 2)}
 
 
+# Triton 3.7 lays an operand that was computed from bytes, as p is from a mask, out in eights along
+# the sum: four lanes then need 32, and with a sum over 16 the product is wrong, silently.
+LEAST_SUM = 32
+
+
+def _deep_enough(tile: Tile, spec: AttentionSpec, shape: Form, of_queries: bool) -> Tile:
+    """The tile with enough places in its products' sums, which go over queries or over keys."""
+    if spec.dtype.itemsize > 2 or not (shape.mask or shape.key_mask):
+        return tile
+    if of_queries:
+        return tile._replace(block_m=max(LEAST_SUM, tile.block_m))
+    return tile._replace(block_n=max(LEAST_SUM, tile.block_n))
+
+
 def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     """Of the forward kernel."""
     tile = _of(_FORWARD, spec, shape, capability)
@@ -177,6 +191,7 @@ def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
         tile = _MANY[spec.dtype.itemsize][max(64, shape.block_d, shape.block_dv)]
     elif shape.left or shape.right:
         tile = _under_band(tile, spec, shape, capability)
+    tile = _deep_enough(tile, spec, shape, of_queries=False)
     block_m = min(tile.block_m, padded(rows(spec)))
     if block_m < tile.block_m:
         return tile._replace(block_m=block_m, num_warps=min(4, tile.num_warps))
@@ -225,6 +240,7 @@ def pick_keys(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     tile = _of(_KEYS, spec, shape, capability)
     if (shape.left or shape.right) and spec.kv_len <= SHORT_BAND:
         tile = _SHORT_KEYS.get(tile, tile)
+    tile = _deep_enough(tile, spec, shape, of_queries=True)
     return tile._replace(block_n=min(tile.block_n, padded(spec.kv_len)))
 
 
@@ -233,6 +249,7 @@ def pick_queries(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     tile = _of(_QUERIES, spec, shape, capability)
     if (shape.left or shape.right) and spec.q_len <= SHORT_BAND:
         tile = _SHORT_QUERIES.get(tile, tile)
+    tile = _deep_enough(tile, spec, shape, of_queries=False)
     return tile._replace(block_m=min(tile.block_m, padded(spec.q_len)))
 
 
