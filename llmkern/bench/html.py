@@ -236,7 +236,7 @@ def _training(results: list[dict[str, Any]], drawn: dict[str, str]) -> str:
                     [
                         escape(result["name"]),
                         escape(arm["name"]),
-                        str(result["steps"]),
+                        str(len(arm["losses"])),
                         f"{arm['tokens_per_s']:.0f}",
                         f"±{100 * arm['spread']:.0f}%",
                         _colored(arm["speedup"]) if arm["name"] == OURS else "",

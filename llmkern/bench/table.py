@@ -94,7 +94,7 @@ def training_table(results: Iterable[dict[str, Any]]) -> Table:
             table.add_row(
                 result["name"] if first else "",
                 arm["name"],
-                str(result["steps"]),
+                str(len(arm["losses"])),
                 f"{arm['tokens_per_s']:.0f}",
                 f"±{100 * arm['spread']:.0f}%",
                 text.ratio(arm["speedup"]),

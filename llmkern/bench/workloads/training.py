@@ -3,16 +3,19 @@
 The arms advance in turns, one step each, on the same batch, from the same weights, with torch's
 generator seeded alike before each step; so their speeds are comparable and their losses too.
 
-Without dropout the arms compute the same function and the losses are compared step by step: each
-may differ by STEP_TOLERANCE of its value, which is what rounding in another order grows to in a
-run of this length. With dropout the masks differ (torch draws Bernoulli numbers, llmkern Philox
-decisions), so there is a third arm, the control: torch as shipped once more with other masks. The
-smoothed curves of ours and torch's may lie AGREEMENT_FACTOR times as far apart (root mean square
-over the steps) as those two runs of torch, which differ by their masks alone.
+Without dropout the arms compute the same function. With dropout they do not: torch draws Bernoulli
+numbers, llmkern Philox decisions. There a third arm, the control, is the accelerated model over the
+reference backend: plain torch operations with the masks that ours has, for the first CONTROL_STEPS.
+
+Either way the losses are compared step by step, ours with torch's or with the control's: each may
+differ by STEP_TOLERANCE of its value, which is what rounding in another order grows to in a run of
+this length. (Curves under different masks can only be compared statistically, and the differences
+within one run depend on one another too much for that to decide anything.)
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -30,13 +33,11 @@ from llmkern.bench.registry import DTYPE_NAMES, EAGER, OURS
 from llmkern.bench.workloads import corpus
 from llmkern.bench.workloads.gpt import GPT, GPTConfig
 
-CONTROL = "torch eager, other masks"
+CONTROL = "plain torch, our masks"
 STEP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-AGREEMENT_FACTOR = 2.0
 FEWEST_STEPS = 12
-SMOOTHING = 8  # steps
+CONTROL_STEPS = FEWEST_STEPS  # its float64 takes five times as long as ours
 WARMUP = 10  # steps of linear learning rate warm-up
-MASK_SEED_OFFSET = 7919
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ class Arm:
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    mask_seed_offset: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -76,26 +76,28 @@ def make_arm(config: TrainConfig, name: str) -> Arm:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
-    if name == OURS:
+    if name != EAGER:
         llmkern.accelerate(model)
-    return Arm(name, model, optimizer, MASK_SEED_OFFSET if name == CONTROL else 0)
+    return Arm(name, model, optimizer)
 
 
 def train_step(config: TrainConfig, arm: Arm, data: Tensor, step: int) -> None:
     """One step of one arm, timed from the batch to the updated weights."""
     inputs, targets = corpus.batch(data, config.batch, config.model.context, config.seed + step)
-    torch.manual_seed(config.seed + step + arm.mask_seed_offset)
+    torch.manual_seed(config.seed + step)
     for group in arm.optimizer.param_groups:
         group["lr"] = config.learning_rate * min(1.0, (step + 1) / WARMUP)
     autocast = config.dtype == torch.bfloat16
+    backend = llmkern.use_backend("reference") if arm.name == CONTROL else nullcontext()
     began = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        logits = arm.model(inputs)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-    arm.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(arm.model.parameters(), config.clip)
-    arm.optimizer.step()
+    with backend:
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            logits = arm.model(inputs)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        arm.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(arm.model.parameters(), config.clip)
+        arm.optimizer.step()
     arm.seconds.append(time.perf_counter() - began)
     arm.losses.append(loss.item())
 
@@ -113,9 +115,10 @@ def compare(
     arms = [make_arm(config, name) for name in names]
     data = corpus.load()
     for step in range(config.steps):
-        for arm in arms if step % 2 == 0 else reversed(arms):
+        running = [arm for arm in arms if arm.name != CONTROL or step < CONTROL_STEPS]
+        for arm in running if step % 2 == 0 else reversed(running):
             train_step(config, arm, data, step)
-        on_step(step, arms)
+        on_step(step, running)
         if step + 1 >= FEWEST_STEPS and time.monotonic() > deadline:
             break
     eager = _median_step(arms[0])
@@ -156,31 +159,16 @@ def agreement(
     config: TrainConfig, eager: list[float], ours: list[float], control: list[float] | None = None
 ) -> dict[str, Any]:
     """Whether the curves agree by the rule above, and the figures that say so."""
-    if control is None:
-        tolerance = STEP_TOLERANCE[config.dtype]
-        worst = max(abs(a - b) / abs(b) for a, b in zip(ours, eager, strict=True))
-        return {
-            "agrees": worst <= tolerance,
-            "statement": f"step by step, largest difference {worst:.1e} of the loss, "
-            f"allowed {tolerance:.0e}",
-        }
-    between = distance(ours, eager)
-    masks = distance(control, eager)
+    tolerance = STEP_TOLERANCE[config.dtype]
+    other = eager if control is None else control
+    differences = [abs(a - b) / abs(b) for a, b in zip(ours, other, strict=control is None)]
+    worst = max(differences, key=lambda d: (math.isnan(d), d))
+    versus = "" if control is None else f"the first {len(control)} with {CONTROL}, "
     return {
-        "agrees": between <= AGREEMENT_FACTOR * masks,
-        "statement": f"smoothed curves {between:.4f} apart (rms); two torch runs with different "
-        f"masks {masks:.4f}, allowed {AGREEMENT_FACTOR:g} times that",
+        "agrees": worst <= tolerance,  # NaN on either side is no agreement
+        "statement": f"step by step, {versus}largest difference {worst:.1e} of the loss, "
+        f"allowed {tolerance:.0e}",
     }
-
-
-def distance(a: list[float], b: list[float]) -> float:
-    """Root mean square difference of two curves after a moving average over SMOOTHING steps."""
-    difference = [x - y for x, y in zip(a, b, strict=True)]
-    window = min(SMOOTHING, len(difference))
-    smooth = [
-        statistics.fmean(difference[i : i + window]) for i in range(len(difference) - window + 1)
-    ]
-    return statistics.fmean(d * d for d in smooth) ** 0.5
 
 
 def prepared_step(config: TrainConfig, name: str) -> Callable[[], None]:
