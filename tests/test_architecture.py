@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmkern"
-LEAVES = {"specs", "errors", "numerics", "random", "target"}
+LEAVES = {"specs", "errors", "numerics", "precision", "random", "target"}
 OPS = ["norm", "attention", "linear", "dropout", "activation"]
 # Plain torch, which ops run where torch must see the formula: torch.func, second derivatives.
 REFERENCE = "llmkern.backends.reference"

@@ -1,6 +1,8 @@
 """What the CUDA kernels cost by the emulator's counters: bank conflicts, unused bytes of sectors,
 matrix instructions. Gates, not timings: they hold on any machine."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -153,16 +155,35 @@ def test_attention_backward_spends_few_instructions_a_product(
     assert counters.total.coalescing > 0.99
 
 
-def test_tf32_products_run_on_tensor_cores_where_torch_allows_them(device):
-    x, weight = torch.randn(70, 50), torch.randn(40, 50)
-    exact = x.double() @ weight.double().T
+@contextlib.contextmanager
+def _older_switch():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        _run(functional.linear, x, weight)
-        y = functional.linear(x, weight, backend="cuda")
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _newer_switch():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 and newer")
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("switch", [_older_switch, _newer_switch])
+def test_tf32_products_run_on_tensor_cores_where_torch_allows_them(device, switch):
+    x, weight = torch.randn(70, 50), torch.randn(40, 50)
+    exact = x.double() @ weight.double().T
+    with switch():
+        _run(functional.linear, x, weight)
+        y = functional.linear(x, weight, backend="cuda")
     counters = _counters(device, "gemm_kernel")
     assert counters.mma > 0
     assert counters.total.conflicts == 1.0
@@ -173,12 +194,8 @@ def test_tf32_products_run_on_tensor_cores_where_torch_allows_them(device):
 def test_tf32_products_spend_few_instructions(device):
     """One of them, for each mma, rounds to nearest; others cut bits off, and need 2.67 in all."""
     x, weight = torch.randn(1280, 512), torch.randn(1280, 512)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with _older_switch():
         functional.linear(x, weight, backend="cuda")
-    finally:
-        torch.set_float32_matmul_precision(before)
     counters = _counters(device, "gemm_kernel")
     assert counters.mma == 1280 * 1280 * 512 // (16 * 8 * 8)
     assert counters.warp_instructions <= 2.87 * counters.mma

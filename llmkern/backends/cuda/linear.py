@@ -7,6 +7,7 @@ from torch import Tensor
 from llmkern import random
 from llmkern.backends.cuda import _ext
 from llmkern.backends.cuda._ext import DTYPE_CODES, Launch, address, contiguous, rows_of
+from llmkern.precision import tf32_allowed
 from llmkern.specs import LinearSpec
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -21,7 +22,7 @@ def supports(spec: LinearSpec) -> str | None:
 
 def _tf32(t: Tensor) -> bool:
     """Whether torch lets products of t's dtype be rounded to TF32."""
-    return t.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return t.dtype == torch.float32 and tf32_allowed()
 
 
 def _inner(t: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Attention: attention_*_kernels.py. Contract: backends/reference/attention.py."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,7 @@ from llmkern import random
 from llmkern.backends.triton import _launch
 from llmkern.backends.triton import tiles_attention as tiles
 from llmkern.backends.triton._launch import Compilation
+from llmkern.precision import tf32_allowed
 from llmkern.specs import AttentionSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,12 +23,9 @@ def supports(spec: AttentionSpec) -> str | None:
     return _launch.unsupported(spec.dtype) or _launch.unavailable(spec.device)
 
 
-def _precision() -> str:
+def _precision(spec: AttentionSpec) -> str:
     """Of products of float32 operands: what torch's own products use."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 on; covers the older switches too
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if spec.dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 MOST_STRIDE = 1 << 24  # of rows: 128 of them are a tile, in which offsets have 32 bits
@@ -42,24 +41,28 @@ def _rows(t: Tensor) -> Tensor:
     return t if _in_place(t) else t.contiguous()
 
 
-def _sizes(spec: AttentionSpec) -> dict[str, int]:
-    """Lengths and band, which fit 32 bits: a limit beyond all places is no limit."""
-    far = spec.q_len + spec.kv_len + abs(spec.shift)
-    return dict(heads=spec.heads, kv_heads=spec.kv_heads, q_len=spec.q_len, kv_len=spec.kv_len,
-                shift=spec.shift, left=min(spec.left, far), right=min(spec.right, far))  # fmt: skip
+_KEPT = 4096  # answers of the functions of a spec: new lengths must not make them grow for ever
 
 
+@functools.lru_cache(_KEPT)
 def _numbers(spec: AttentionSpec) -> dict[str, float]:
+    """Lengths and band, which fit 32 bits: a limit beyond all places is no limit; scalars."""
+    far = spec.q_len + spec.kv_len + abs(spec.shift)
     threshold = random.threshold(spec.dropout_p) if spec.dropout_p else 0
-    return dict(scale=spec.scale, softcap=spec.softcap, threshold=threshold,
+    return dict(heads=spec.heads, kv_heads=spec.kv_heads, q_len=spec.q_len, kv_len=spec.kv_len,
+                shift=spec.shift, left=min(spec.left, far), right=min(spec.right, far),
+                scale=spec.scale, softcap=spec.softcap, threshold=threshold,
                 drop_scale=random.scale(spec.dropout_p))  # fmt: skip
+
+
+@functools.cache
+def _stride_names(name: str, axes: str) -> tuple[str, ...]:
+    return tuple(f"{name}_stride_{axis}" for axis in axes)
 
 
 def _strides(name: str, t: Tensor) -> dict[str, int]:
     """Strides of [B, heads, length, dim] but the last, which is 1."""
-    letters = "bht" if name in ("k", "v", "dk", "dv") else "bhs"
-    of = zip(letters.replace("t", "s"), t.stride(), strict=False)
-    return {f"{name}_stride_{axis}": stride for axis, stride in of}
+    return dict(zip(_stride_names(name, "bhs"), t.stride(), strict=False))
 
 
 def _broadcast(name: str, t: Tensor | None, spec: AttentionSpec) -> dict[str, int]:
@@ -67,7 +70,7 @@ def _broadcast(name: str, t: Tensor | None, spec: AttentionSpec) -> dict[str, in
     strides = (0, 0, 0, 0)
     if t is not None:
         strides = t.expand(spec.batch, spec.heads, spec.q_len, spec.kv_len).stride()
-    return {f"{name}_stride_{axis}": stride for axis, stride in zip("bhij", strides, strict=True)}
+    return dict(zip(_stride_names(name, "bhij"), strides, strict=True))
 
 
 def _sides(
@@ -112,7 +115,7 @@ def forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     inputs = dict(q=q, k=k, v=v, seed=seed, **_strides("q", q), **_strides("k", k),
                   **_strides("v", v), **_sides(spec, bias, mask, key_mask, slopes),
-                  **_sizes(spec), **_numbers(spec))  # fmt: skip
+                  **_numbers(spec))  # fmt: skip
     sinks = None if sinks is None else sinks.contiguous()
     with _launch.guard(q.device):
         chunk = tiles.pick_chunk(spec)
@@ -127,19 +130,27 @@ def _launch_forward(spec, inputs, sinks, out, lse, like, chunk):
     """like: has the strides of out [B, H, S, Dv]; out itself may be a stack of such."""
     from llmkern.backends.triton.attention_fwd_kernels import attention_fwd
 
-    shape = tiles.form(spec, _precision())
-    tile = tiles.pick_forward(spec, shape, _launch.capability(out.device))
+    capability = _launch.capability(out.device)
+    grid, constants = _forward_launch(spec, _precision(spec), capability, chunk, sinks is not None)
+    attention_fwd[grid](
+        **inputs, sinks=sinks, out=out, lse=lse, **_strides("out", like), **constants
+    )
+
+
+@functools.lru_cache(_KEPT)
+def _forward_launch(
+    spec: AttentionSpec, precision: str, capability: int, chunk: int, sinks: bool
+) -> tuple[tuple[int, int], dict[str, object]]:
+    """The grid and those arguments of the forward kernel that no tensor decides."""
+    shape = tiles.form(spec, precision)
+    tile = tiles.pick_forward(spec, shape, capability)
     heads = spec.kv_heads if shape.packed else spec.heads
     programs = -(-tiles.rows(spec) // tile.block_m) * spec.batch * heads
-    attention_fwd[programs, -(-spec.kv_len // chunk) if chunk else 1](
-        **inputs,
-        sinks=sinks,
-        out=out,
-        lse=lse,
-        **_strides("out", like),
+    grid = (programs, -(-spec.kv_len // chunk) if chunk else 1)
+    return grid, dict(
         chunk=chunk,
         part_rows=spec.batch * spec.heads * spec.q_len,
-        FORM=shape._replace(sinks=sinks is not None),
+        FORM=shape._replace(sinks=sinks),
         **tiles.launch(tile),
     )
 
@@ -152,7 +163,7 @@ def _forward_in_parts(spec, inputs, sinks, out, lse, chunk):
     part_out = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
     part_lse = torch.empty(parts, rows, dtype=torch.float32, device=out.device)
     _launch_forward(spec, inputs, None, part_out, part_lse, part_out[0], chunk)
-    shape = tiles.form(spec, _precision())
+    shape = tiles.form(spec, _precision(spec))
     tile = tiles.pick_combine(shape)
     attention_combine[(-(-rows // tile.block_m),)](
         part_out,
@@ -206,13 +217,13 @@ def backward(
     pairs = [_gradient(*of) for of in zip(wants[:3], (q, k, v), (dq, dk, dv), strict=True)]
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if wants[3] else empty
     dsinks = torch.empty(spec.heads, dtype=torch.float32, device=q.device) if wants[4] else empty
-    shape = tiles.form(spec, _precision())
+    shape = tiles.form(spec, _precision(spec))
     with _launch.guard(q.device):
         rows = _launch_terms(spec, shape, dout, out, lse, dlse)
         inputs = dict(q=q, k=k, v=v, seed=seed, dout=dout, **rows, **_strides("q", q),
                       **_strides("k", k), **_strides("v", v), **_strides("dout", dout),
-                      **_sides(spec, bias, mask, key_mask, slopes), **_sizes(spec),
-                      **_numbers(spec), FORM=shape)  # fmt: skip
+                      **_sides(spec, bias, mask, key_mask, slopes), **_numbers(spec),
+                      FORM=shape)  # fmt: skip
         written = [pair[0] for pair in pairs]
         fused = tiles.pick_fused(spec, shape, _launch.capability(q.device))
         if fused and wants[0] and (wants[1] or wants[2]) and not _launch.interpreted():

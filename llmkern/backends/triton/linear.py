@@ -50,7 +50,7 @@ def forward(
         )
         a = x.reshape(rows, spec.in_features)
         calls = linear_calls.product(
-            a, weight, y, epilogue, up_weight, on=linear_calls.target_of(x.device)
+            a, weight, y, epilogue, up_weight, on=linear_calls.target_of(x)
         )
         run(calls, x.device)
     kept += [torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(2 - parts)]
@@ -69,7 +69,7 @@ def backward(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, up_weight, bias, up_bias); empty where `wants` says no."""
-    on = linear_calls.target_of(x.device)
+    on = linear_calls.target_of(x)
     g, gu, dbias, dup_bias = _product_gradients(spec, dy, preact, up_preact, seed, wants)
     found = [torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(3)]
     calls = []
@@ -118,7 +118,7 @@ def _product_gradients(
             seed,
             (g, gu),
             biases,
-            linear_calls.target_of(dy.device).processors,
+            linear_calls.target_of(dy).processors,
         )
         run(calls, dy.device)
     return dy if g is None else g, gu, dbias, dup_bias

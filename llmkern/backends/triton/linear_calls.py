@@ -5,6 +5,7 @@ One product kernel serves y = x W^T, dx = g W and dW = g^T x; it takes any strid
 without a unit stride is copied first, because its loads would be of single elements.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from llmkern import random, target
 from llmkern.backends.triton import _launch, tiles_linear, tiles_norm
 from llmkern.backends.triton._calls import Call
+from llmkern.precision import tf32_allowed
 from llmkern.specs import LinearSpec
 
 _WIDEST_TILE = 256
@@ -31,15 +33,13 @@ def interpreted() -> bool:
     return _launch.interpreted() and not target.emulated()
 
 
-def target_of(device: torch.device) -> Target:
-    """The interpreter runs programs one after another and multiplies exactly whatever it is told:
-    the few large tiles of TF32 on one processor are quickest there."""
-    capability = _launch.capability(device)
+def target_of(t: Tensor) -> Target:
+    """Of products of t. The interpreter runs programs one after another and multiplies exactly
+    whatever it is told: the few large tiles of TF32 on one processor are quickest there."""
+    capability = _launch.capability(t.device)
     if interpreted():
         return Target(capability, 1, True)
-    setting = torch.backends.cuda.matmul
-    precision = getattr(setting, "fp32_precision", None)  # torch 2.9 and newer
-    tf32 = setting.allow_tf32 if precision is None else precision == "tf32"
+    tf32 = t.dtype == torch.float32 and tf32_allowed()
     return Target(capability, tiles_norm.multiprocessors(capability), tf32)
 
 
@@ -65,13 +65,9 @@ class Epilogue(NamedTuple):
             "preact": self.preact,
             "up_preact": self.up_preact,
             "stride_rm": None if self.residual is None else self.residual.stride(0),
+            "threshold": None if self.seed is None else random.threshold(self.dropout_p),
+            "scale": None if self.seed is None else random.scale(self.dropout_p),
         }
-
-    def numbers(self) -> dict[str, object]:
-        if self.seed is None:
-            return {"threshold": None, "scale": None}
-        p = self.dropout_p
-        return {"threshold": random.threshold(p), "scale": random.scale(p)}
 
 
 _NOTHING = Epilogue()
@@ -114,9 +110,66 @@ def _vectors(strides: list[int]) -> bool:
     return all(stride == 1 or stride % 16 == 0 for stride in strides)
 
 
-def _strides(name: str, row: str, t: Tensor | None) -> dict[str, object]:
-    strides = (None, None) if t is None else t.stride()
-    return {f"stride_{name}{row}": strides[0], f"stride_{name}k": strides[1]}
+class _Shape(NamedTuple):
+    """What the launch of a product depends on but for addresses."""
+
+    dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    a: tuple[int, int]  # strides
+    b: tuple[int, int]
+    c: tuple[int, int] | None
+    d: tuple[int, int] | None
+    residual: int | None  # its row stride
+    activation: str | None
+    on: Target
+    plan: tiles_linear.Plan | None  # None: the pick function's
+
+
+class _Launch(NamedTuple):
+    grid: tuple[int, int]
+    parts: int  # of K: 1, or the results are joined by another launch
+    gated: bool
+    numbers: dict[str, object]  # arguments
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+
+
+@functools.lru_cache(4096)  # by shapes, which a stream of new lengths does not repeat
+def _launch_of(shape: _Shape) -> _Launch:
+    m, n, k, on = shape.m, shape.n, shape.k, shape.on
+    gated = shape.c is not None and shape.d is None
+    kind = tiles_linear.arithmetic(shape.dtype, on.tf32)
+    steps = [stride for pair in (shape.a, shape.b, shape.c, shape.d) if pair for stride in pair]
+    plan = shape.plan
+    if plan is None:
+        tiles = tiles_linear.rows(kind, gated, _vectors(steps), on.capability)
+        plan = tiles_linear.pick(kind, gated, tiles, m, n, k, on.processors)
+    tile, split = plan.tile, plan.split_k
+    if shape.residual is not None:
+        steps.append(shape.residual)
+    numbers = {"m": m, "n": n, "k": k, "k_part": plan.k_part if split > 1 else None}
+    for name, pair in (("am", shape.a), ("bn", shape.b), ("cn", shape.c), ("dm", shape.d)):
+        numbers[f"stride_{name}"], numbers[f"stride_{name[0]}k"] = pair or (None, None)
+    constexprs = {
+        "ACTIVATION": shape.activation if split == 1 else None,
+        "ALIGNED": n % 8 == 0,
+        "SPLIT_K": split,
+        "WIDE": max(n, *steps) * _WIDEST_TILE >= 2**31,
+        "EVEN_M": m % tile.block_m == 0,
+        "EVEN_N": n % tile.block_n == 0,
+        "EVEN_K": k % tile.block_k == 0,
+        "MODE": "plain" if shape.c is None else "gated" if gated else "sum",
+        "PRECISION": "ieee" if kind == "ieee" else "tf32",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tiles_linear.GROUP_M,
+    }
+    grid = (-(-m // tile.block_m) * -(-n // tile.block_n), split)
+    return _Launch(grid, split, gated, numbers, constexprs, tile.num_warps, tile.num_stages)
 
 
 def product(
@@ -134,58 +187,39 @@ def product(
 
     With c, the gated form (its other product is a @ c^T); with d too, the sum a b^T + d c^T.
     """
-    a, b, c, d = (_operand(t) for t in (a, b, c, d))
+    a, b, c, d = _operand(a), _operand(b), _operand(c), _operand(d)
     (m, k), n = a.shape, b.shape[0]
-    gated = c is not None and d is None
-    kind = tiles_linear.arithmetic(a.dtype, on.tf32)
-    steps = [stride for t in (a, b, c, d) if t is not None for stride in t.stride()]
-    if plan is None:
-        tiles = tiles_linear.rows(kind, gated, _vectors(steps), on.capability)
-        plan = tiles_linear.pick(kind, gated, tiles, m, n, k, on.processors)
-    tile, split = plan.tile, plan.split_k
-    if epilogue.residual is not None:
-        steps.append(epilogue.residual.stride(0))
-    even = {"EVEN_M": m % tile.block_m == 0, "EVEN_N": n % tile.block_n == 0}
-    common = {
-        "ACTIVATION": epilogue.activation,
-        "ALIGNED": n % 8 == 0,
-        "SPLIT_K": split,
-        "WIDE": max(n, *steps) * _WIDEST_TILE >= 2**31,
-    }
-    after = epilogue if split == 1 else _NOTHING
-    parts = y
-    if split > 1:
-        parts = torch.empty((split * (1 + gated), m, n), dtype=torch.float32, device=y.device)
-    arguments = {"a": a, "b": b, "c": c, "d": d, **after.arguments(parts)}
-    arguments |= _strides("a", "m", a) | _strides("b", "n", b)
-    arguments |= _strides("c", "n", c) | _strides("d", "m", d)
-    arguments |= {"m": m, "n": n, "k": k, "k_part": plan.k_part if split > 1 else None}
-    constexprs = common | even | {
-        "ACTIVATION": after.activation,
-        "MODE": "plain" if c is None else "gated" if d is None else "sum",
-        "PRECISION": "ieee" if kind == "ieee" else "tf32",
-        "EVEN_K": k % tile.block_k == 0,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "GROUP_M": tiles_linear.GROUP_M,
-    }  # fmt: skip
-    programs = -(-m // tile.block_m) * -(-n // tile.block_n)
+    residual = epilogue.residual
+    how = _launch_of(
+        _Shape(a.dtype, m, n, k, a.stride(), b.stride(), None if c is None else c.stride(),
+               None if d is None else d.stride(), None if residual is None else residual.stride(0),
+               epilogue.activation, on, plan)
+    )  # fmt: skip
+    after, parts = epilogue, y
+    if how.parts > 1:
+        after = _NOTHING
+        size = (how.parts * (1 + how.gated), m, n)
+        parts = torch.empty(size, dtype=torch.float32, device=y.device)
+    arguments = {"a": a, "b": b, "c": c, "d": d, **after.arguments(parts), **how.numbers}
     calls = [
-        Call(product_kernel, (programs, split), arguments | after.numbers(), constexprs,
-             tile.num_warps, tile.num_stages)
-    ]  # fmt: skip
-    if split > 1:
-        calls.append(_join(parts, y, epilogue, common | {"GATED": gated}))
+        Call(product_kernel, how.grid, arguments, how.constexprs, how.num_warps, how.num_stages)
+    ]
+    if how.parts > 1:
+        calls.append(_join(parts, y, epilogue, how))
     return calls
 
 
-def _join(parts: Tensor, y: Tensor, epilogue: Epilogue, common: dict[str, object]) -> Call:
+def _join(parts: Tensor, y: Tensor, epilogue: Epilogue, how: _Launch) -> Call:
     """y = epilogue(sum of the parts)."""
     _, m, n = parts.shape
     block_m, block_n, num_warps = tiles_linear.pick_join(n)
-    arguments = {"parts": parts, **epilogue.arguments(y), "m": m, "n": n, **epilogue.numbers()}
-    constexprs = common | {
+    arguments = {"parts": parts, **epilogue.arguments(y), "m": m, "n": n}
+    constexprs = {
+        "ACTIVATION": epilogue.activation,
+        "ALIGNED": how.constexprs["ALIGNED"],
+        "SPLIT_K": how.parts,
+        "WIDE": how.constexprs["WIDE"],
+        "GATED": how.gated,
         "EVEN_M": m % block_m == 0,
         "EVEN_N": n % block_n == 0,
         "BLOCK_M": block_m,

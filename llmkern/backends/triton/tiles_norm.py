@@ -56,6 +56,7 @@ AFFINE = SumTile(16, 256, 4)  # 32 elements of each of two sums a lane
 SUM_ROWS, SUM_CHUNK, SUM_WARPS = 64, 32, 1
 
 
+@functools.cache
 def multiprocessors(capability: int) -> int:
     """SMs to spread work over, by the nearest architecture that is not newer."""
     return SMS[max(known for known in SMS if known <= max(capability, min(SMS)))]
