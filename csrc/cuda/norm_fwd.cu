@@ -188,7 +188,9 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
 
 // Weights are read once a group: more rows a group save bytes, once there are groups for a large
 // card (4 warps on each of 128 multiprocessors).
-int fwd_rows_per_group(int64_t rows) { return rows >= 8192 ? 8 : rows >= 2048 ? 4 : 1; }
+int fwd_rows_per_group(int64_t rows) {
+  return rows >= 16384 ? 16 : rows >= 8192 ? 8 : rows >= 2048 ? 4 : 1;
+}
 
 FwdParams fwd_params(const NormFwdArgs& a, const RowPlan& plan) {
   const NormShape& s = a.shape;
