@@ -25,8 +25,8 @@ WHEELS = [
     "nvidia-cuda-runtime==13.0.*",
     "nvidia-cuda-cccl==13.0.*",
 ]
-# The emulator stands in for this one; an nvcc of another version is passed over (before 12.8 it lacks
-# --compress-mode).
+# The emulator stands in for this one; an nvcc of another version is passed over (before 12.8 it
+# lacks --compress-mode).
 RUNTIME = "libcudart.so.13"
 OLDEST = 80  # bf16 mma and cp.async
 DEFAULT_ARCHS = "sm_80,compute_80"
