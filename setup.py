@@ -33,7 +33,7 @@ import cuda_build  # noqa: E402
 CPU = Path("csrc/cpu")
 EMULATOR = Path("csrc/emulator")
 CUDART = EMULATOR / "cudart"
-CUDART_NAME = "libcudart.so.13"
+CUDART_NAME = cuda_build.RUNTIME
 KERNEL_SOURCES = "attention_bwd attention_fwd elementwise gemm linear norm probe".split()
 BF16_SOURCES = ["probe"]  # those with kernels in LLMKERN_CPU_BF16_KERNELS (kernel_list.h)
 X86_FLAGS = {

@@ -89,5 +89,5 @@ def attention_keep_mask(seed: Tensor, shape: tuple[int, int, int, int], p: float
     c1 = row[:, None].expand(b * h, s, counts[0])
     c2 = slab[:, None, None].expand(b * h, s, counts[0])
     words = philox((c0, c1, c2, torch.full_like(c0, ATTENTION_STREAM)), seed)
-    keep = _decisions(words).reshape(b * h, s, -1)[:, :, :t] >= threshold(p)
+    keep = _decisions(words).reshape(b * h, s, counts[0] * 8)[:, :, :t] >= threshold(p)
     return keep.reshape(b, h, s, t)

@@ -206,9 +206,26 @@ def test_attention_takes_grouped_heads_as_torch(backend, heads, lead):
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
 
 
-@pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 8, 8), (2, 0, 3, 4, 8, 8), (2, 2, 0, 4, 8, 8),
-                                   (2, 2, 3, 0, 8, 8), (2, 2, 3, 4, 0, 8), (2, 2, 3, 4, 8, 0),
-                                   (2, 2, 0, 0, 0, 0)], ids=str)  # fmt: skip
+EMPTY = [(0, 2, 3, 4, 8, 8), (2, 0, 3, 4, 8, 8), (2, 2, 0, 4, 8, 8), (2, 2, 3, 0, 8, 8),
+         (2, 2, 3, 4, 0, 8), (2, 2, 3, 4, 8, 0), (2, 2, 0, 0, 0, 0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", EMPTY, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_attention_plain_call_of_empty_sizes(backend, sizes, dtype, p):
+    """No bias, which the CUDA kernels leave to others."""
+    b, h, s, t, d, dv = sizes
+    shapes = [(b, h, s, d), (b, h, t, d), (b, h, t, dv)]
+    q, k, v = (torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes)
+    out = scaled_dot_product_attention(q, k, v, dropout_p=p)
+    assert out.shape == (b, h, s, dv) and bool(torch.isfinite(out).all())
+    out.float().sum().backward()
+    for x in (q, k, v):
+        assert x.grad.shape == x.shape and bool(torch.isfinite(x.grad).all())
+
+
+@pytest.mark.parametrize("sizes", EMPTY, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_empty_sizes(backend, sizes, dtype):
     b, h, s, t, d, dv = sizes

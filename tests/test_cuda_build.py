@@ -1,6 +1,7 @@
 """LLMKERN_CUDA and LLMKERN_CUDA_ARCHS: what the build of the CUDA extension makes of them."""
 
 import importlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -89,35 +90,61 @@ def test_build_asks_for_a_compiler_only_where_it_must_have_one(
     assert backend._compiler() == (without_nvcc.WHEELS if wheels else [])
 
 
+def _toolkit(root: Path, lib: str, *runtime: str, mode: int = 0o755) -> Path:
+    """A folder that looks like CUDA's; gives its nvcc."""
+    for folder in ("bin", lib):
+        (root / folder).mkdir(parents=True)
+    (root / "bin/nvcc").write_text("#!/bin/sh\n")
+    (root / "bin/nvcc").chmod(mode)
+    for name in runtime:
+        (root / lib / name).touch()
+    return root / "bin/nvcc"
+
+
+RUNTIME = ("libcudart_static.a", "libcudart.so.13")
+
+
 def test_nvcc_is_found_in_cuda_home(build, monkeypatch, tmp_path):
-    nvcc = tmp_path / "bin/nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
-    (tmp_path / "lib64").mkdir()
-    (tmp_path / "lib64/libcudart_static.a").touch()
+    nvcc = _toolkit(tmp_path, "lib64", *RUNTIME)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert build.find() == build.Toolkit(nvcc, tmp_path / "lib64")
 
 
 def test_nvcc_is_found_among_installed_wheels(build, monkeypatch, tmp_path):
-    root = tmp_path / "nvidia/cu13"
-    (root / "bin").mkdir(parents=True)
-    (root / "lib").mkdir()
-    (root / "lib/libcudart_static.a").touch()
-    (root / "bin/nvcc").write_text("#!/bin/sh\n")
-    (root / "bin/nvcc").chmod(0o755)
+    nvcc = _toolkit(tmp_path / "nvidia/cu13", "lib", *RUNTIME)
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     monkeypatch.setattr(build.sys, "path", [str(tmp_path)])
-    assert build.find() == build.Toolkit(root / "bin/nvcc", root / "lib")
+    assert build.find() == build.Toolkit(nvcc, tmp_path / "nvidia/cu13/lib")
 
 
-def test_nvcc_without_its_runtime_is_passed_over(build, monkeypatch, tmp_path):
-    nvcc = tmp_path / "bin/nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+@pytest.mark.parametrize(
+    "runtime, mode",
+    [
+        ((), 0o755),
+        (("libcudart_static.a",), 0o755),
+        (("libcudart_static.a", "libcudart.so.12"), 0o755),  # its nvcc need not know our flags
+        (RUNTIME, 0o644),
+    ],
+)
+def test_nvcc_that_cannot_build_both_modules_is_passed_over(
+    build, monkeypatch, tmp_path, runtime, mode
+):
+    _toolkit(tmp_path / "old", "lib64", *runtime, mode=mode)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     monkeypatch.setattr(build.sys, "path", [str(tmp_path)])
     assert build.find() is None
+    nvcc = _toolkit(tmp_path / "nvidia/cu13", "lib", *RUNTIME)
+    assert build.find() == build.Toolkit(nvcc, tmp_path / "nvidia/cu13/lib")
+
+
+def test_paths_with_spaces_stay_one_argument(build, tmp_path):
+    root, toolkit = tmp_path / "a b", build.Toolkit(Path("/c d$/nvcc"), Path("/c d$/lib"))
+    (root / "csrc/cuda").mkdir(parents=True)
+    (root / "csrc/cuda/bindings_x.cpp").touch()
+    product, emulated = root / "_C.so", root / "_E.so"
+    lines = build.ninja_lines(root, toolkit, product, emulated, lambda p: str(p).replace(" ", "$ "))
+    words = [word for line in lines for word in shlex.split(line.replace("$$", "$"))]
+    assert words.count(f"-I{root / 'csrc/cuda'}") == 4  # nvcc, one bindings file, two modules
+    assert words.count(f"-I{root / 'csrc/include'}") == 1
+    assert {"/c d$/nvcc", "-L/c d$/lib", "/c d$/lib/libcudart.so.13"} <= set(words)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llmkern import dispatch, emulator, functional
-from llmkern.backends.cuda import _ext
+from llmkern.backends.cuda import _ext, linear
 from llmkern.errors import BackendError
-from llmkern.specs import NormSpec
+from llmkern.specs import LinearSpec, NormSpec
 
 SPEC = NormSpec(torch.float32, None, "cpu", 4, 8, 1e-5, True, False, False, 0.0, False,
                 torch.float32)  # fmt: skip
@@ -94,6 +94,40 @@ def test_without_a_driver_a_call_fails_with_one_sentence(without_driver, functio
     said = str(caught.value)
     assert re.match(rf"cuda: {kernel}: CUDA driver version is insufficient", said), said
     assert "\n" not in said and "Spec(" in said
+
+
+def test_widest_product_that_is_served_has_a_backward_grid(device):
+    spec = LinearSpec(torch.bfloat16, "cpu", 1, 65535 * 128 * 8, 1, None, False, True, False, 0.0,
+                      False)  # fmt: skip
+    assert linear.supports(spec) is None
+    assert "outputs go up to" in linear.supports(spec._replace(out_features=1 << 26))
+
+
+@pytest.fixture
+def a_card(device, monkeypatch):
+    """torch finds a card; the CUDA runtime of the module for CUDA tensors is the real one."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    _ext._refused_by.cache_clear()
+    yield monkeypatch
+    _ext._refused_by.cache_clear()
+
+
+def test_calls_are_left_to_others_where_the_driver_is_too_old(a_card):
+    reason = dispatch.refusal("cuda", "norm", SPEC._replace(device="cuda"))
+    said = r"its kernels cannot run on this card: \w+: CUDA driver version is insufficient"
+    assert reason is not None and re.match(said, reason), reason
+
+
+def test_calls_are_served_where_the_runtime_has_kernels_for_the_card(a_card):
+    a_card.setattr(_ext, "load", _ext.load_emulated)
+    assert _ext.unavailable("cuda") is None
+    a_card.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    _ext._refused_by.cache_clear()
+    assert _ext.unavailable("cuda") == "its kernels need compute capability 8.0, this card has 7.5"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Installs as users make them: an isolated build without an nvcc, with one from the registry, from
 an sdist; and what an install without compiled parts says of itself."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -83,6 +84,19 @@ def test_info_says_why_each_compiled_part_is_missing(tmp_path):
     assert "missing" in lines["cpu"] and "llmkern._C_cpu" in lines["cpu"]
     assert "missing" in lines["cuda"] and NOT_BUILT in lines["cuda"]
     assert "usable" in lines["reference"]
+
+
+@pytest.mark.parametrize("asked, status", [("on", 1), ("auto", 0)])
+def test_smoke_fails_without_the_cuda_kernels_that_were_asked_for(
+    monkeypatch, tmp_path, capsys, asked, status
+):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    smoke = importlib.import_module("smoke")
+    monkeypatch.setattr(smoke, "ROOT", tmp_path)  # else the source tree is refused
+    monkeypatch.setattr(smoke.cuda, "load", lambda: smoke.cuda.Loaded(None, NOT_BUILT))
+    monkeypatch.setenv("LLMKERN_CUDA", asked)
+    assert smoke.main() == status
+    assert NOT_BUILT in capsys.readouterr().out
 
 
 def _wheel(source: Path, out: Path, **environment: str) -> Path:

@@ -1,7 +1,7 @@
 """Where nvcc is, and the ninja lines of the CUDA extension; used by setup.py and build_backend.py.
 
-LLMKERN_CUDA = auto (default): build llmkern._C_cuda where an nvcc is found; off: never; on: a
-missing nvcc is an error, and an isolated build (pip install .) fetches one from PyPI first.
+LLMKERN_CUDA = auto (default): build llmkern._C_cuda where an nvcc of CUDA 13 is found; off: never;
+on: a missing nvcc is an error, and an isolated build (pip install .) fetches one from PyPI first.
 LLMKERN_CUDA_ARCHS: targets separated by commas, each sm_XX (machine code for that card) or
 compute_XX (PTX, which newer drivers compile for newer cards, and which the emulator runs). Default:
 sm_80,compute_80.
@@ -9,6 +9,7 @@ sm_80,compute_80.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,9 @@ WHEELS = [
     "nvidia-cuda-runtime==13.0.*",
     "nvidia-cuda-cccl==13.0.*",
 ]
+# The emulator stands in for this one; an nvcc of another version is passed over (before 12.8 it
+# lacks --compress-mode).
+RUNTIME = "libcudart.so.13"
 OLDEST = 80  # bf16 mma and cp.async
 DEFAULT_ARCHS = "sm_80,compute_80"
 MODES = ("auto", "on", "off")
@@ -34,7 +38,7 @@ NVCC_FLAGS = "-std=c++17 -O3 -lineinfo --compress-mode=none -Xcompiler=-fPIC,-fv
 
 class Toolkit(NamedTuple):
     nvcc: Path
-    lib: Path  # holds libcudart_static.a and libcudart.so.*
+    lib: Path  # holds libcudart_static.a and RUNTIME
 
 
 def mode() -> str:
@@ -63,14 +67,14 @@ def _real_root(nvcc: Path) -> Path:
 
 
 def find() -> Toolkit | None:
-    """The first nvcc that comes with a static CUDA runtime; None where there is none."""
+    """The first nvcc that comes with the runtime, static and shared; None where there is none."""
     for nvcc in _candidates():
-        if not nvcc.is_file():
+        if not (nvcc.is_file() and os.access(nvcc, os.X_OK)):
             continue
         root = _real_root(nvcc).resolve()
         for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
             lib = root / name
-            if (lib / "libcudart_static.a").is_file():
+            if (lib / "libcudart_static.a").is_file() and (lib / RUNTIME).is_file():
                 return Toolkit(nvcc.absolute(), lib)
     return None
 
@@ -84,8 +88,8 @@ def check(toolkit: Toolkit | None) -> None:
     """Stop the build where LLMKERN_CUDA=on cannot be met."""
     if toolkit is None and mode() == "on":
         raise SystemExit(
-            "LLMKERN_CUDA=on, but no nvcc with its runtime was found in CUDA_HOME, on PATH or "
-            "among the installed wheels; install the toolkit or " + " ".join(WHEELS)
+            "LLMKERN_CUDA=on, but no nvcc of CUDA 13 with its runtime was found in CUDA_HOME, on "
+            "PATH or among the installed wheels; install the toolkit or " + " ".join(WHEELS)
         )
 
 
@@ -104,8 +108,9 @@ def targets() -> list[str]:
     return flags
 
 
-def _shared_runtime(toolkit: Toolkit) -> Path:
-    return sorted(toolkit.lib.glob("libcudart.so.*"), key=lambda path: len(path.name))[0]
+def _argument(flag: str, path: Path) -> str:
+    """One word of a command, whatever the path holds: for the shell, then for ninja."""
+    return shlex.quote(f"{flag}{path}").replace("$", "$$")
 
 
 def ninja_lines(
@@ -121,10 +126,11 @@ def ninja_lines(
     emulated: libcudart.so.13 left to be provided, so that the runtime calls can be served by
         llmkern's emulator. path: escapes a path for ninja.
     """
-    includes = f"-I{path(root / 'csrc/include')} -I{path(root / CUDA)}"
+    own = _argument("-I", root / CUDA)
+    includes = _argument("-I", root / "csrc/include")
     lines = [
-        f"nvcc = {path(toolkit.nvcc)}",
-        f"nvcc_flags = {NVCC_FLAGS} {' '.join(targets())} {includes}",
+        f"nvcc = {_argument('', toolkit.nvcc)}",
+        f"nvcc_flags = {NVCC_FLAGS} {' '.join(targets())} {includes} {own}",
         "rule cuda",
         "  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -139,17 +145,17 @@ def ninja_lines(
     for source in sorted((root / CUDA).glob("bindings_*.cpp")):
         objects.append(f"cuda.{source.stem}.o")
         lines.append(f"build {objects[-1]}: compile {path(source.resolve())}")
-        lines.append(f"  extra = -O2 -I{path(root / CUDA)}")
+        lines.append(f"  extra = -O2 {own}")
     runtimes = {
-        product: f"-L{path(toolkit.lib)} -lcudart_static -lrt -lpthread -ldl"
+        product: f"{_argument('-L', toolkit.lib)} -lcudart_static -lrt -lpthread -ldl"
         " -Wl,--exclude-libs,ALL",
-        emulated: f"{path(_shared_runtime(toolkit))}",
+        emulated: _argument("", toolkit.lib / RUNTIME),
     }
     for output, libs in runtimes.items():
         name = output.name.split(".")[0]
         module = path((root / CUDA / "bindings.cpp").resolve())
         lines.append(f"build {name}.o: compile {module}")
-        lines.append(f"  extra = -O2 -DLLMKERN_MODULE={name} -I{path(root / CUDA)}")
+        lines.append(f"  extra = -O2 -DLLMKERN_MODULE={name} {own}")
         inputs = " ".join([*objects, f"{name}.o"])
         lines.append(f"build {path(output.resolve())}: cuda_link {inputs}")
         lines.append(f"  libs = {libs}")

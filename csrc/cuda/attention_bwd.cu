@@ -73,7 +73,7 @@ bool is_joint(const AttentionShape& s, bool dq, bool dk, bool dv) {
   const bool all_see_one =
       s.q_len > 0 && left + right >= 0 && end_of_first >= 0 && start_of_last < s.kv_len;
   const int64_t most_blocks = s.batch * s.kv_heads * ceil_div(s.kv_len, kBlockRows);
-  return dq && (dk || dv) && all_see_one && most_blocks <= INT32_MAX;
+  return dq && (dk || dv) && all_see_one && most_blocks > 0 && most_blocks <= INT32_MAX;
 }
 
 int64_t padded_rows(const AttentionShape& s) { return ceil_div(s.q_len, kBlockRows) * kBlockRows; }

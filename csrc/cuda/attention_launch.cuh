@@ -25,7 +25,7 @@ inline AttentionParams attention_params(const AttentionShape& s, const Attention
   p.k = rows_at(in.k, in.k_stride);
   p.v = rows_at(in.v, in.v_stride);
   p.heads = static_cast<int>(s.heads);
-  p.group = static_cast<int>(s.heads / s.kv_heads);
+  p.group = s.kv_heads > 0 ? static_cast<int>(s.heads / s.kv_heads) : 0;  // no heads, no blocks
   p.q_len = static_cast<int>(s.q_len);
   p.kv_len = static_cast<int>(s.kv_len);
   p.head_dim = static_cast<int>(s.head_dim);

@@ -8,6 +8,7 @@ namespace llmkern {
 #define LLMKERN_DEFINE_MODULE(name, m) PYBIND11_MODULE(name, m)
 
 LLMKERN_DEFINE_MODULE(LLMKERN_MODULE, m) {
+  m.def("require_kernels", [](const py::tuple& place) { require_kernels(place_of(place)); });
   bind_attention(m);
   bind_linear(m);
   bind_norm(m);

@@ -3,6 +3,7 @@
 #include "columns.cuh"
 
 #include "common.cuh"
+#include "kernels.h"
 #include "launch.cuh"
 
 namespace llmkern {
@@ -38,6 +39,13 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) column_sums_kernel(const Col
 void column_sums(const ColumnSumsParams& p, const Place& place) {
   launch("column_sums", column_sums_kernel, dim3(ceil_div(p.cols, kWarp)), kSumWarps * kWarp,
          kSumWarps * kWarp * sizeof(float), place, p);
+}
+
+// Any kernel would do: all are compiled for the same targets.
+void require_kernels(const Place& place) {
+  cudaFuncAttributes attributes{};
+  check(cudaSetDevice(place.device), "column_sums");
+  check(cudaFuncGetAttributes(&attributes, column_sums_kernel), "column_sums");
 }
 
 }  // namespace llmkern

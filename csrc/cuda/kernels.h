@@ -9,6 +9,10 @@
 
 namespace llmkern {
 
+// Throws where a device cannot run them at all: its driver is too old for the runtime, or it was
+// not compiled for and there is no PTX that its driver takes.
+void require_kernels(const Place& place);
+
 void norm_fwd(const NormFwdArgs& a, const Place& place);
 
 // Floats of scratch that norm_bwd takes when dweight or dbias is wanted.

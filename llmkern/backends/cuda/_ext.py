@@ -20,7 +20,7 @@ from llmkern.errors import BackendError
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OLDEST = 80  # compute capability * 10: bf16 mma and cp.async
 INT32_MAX = 2**31 - 1
-MAX_COLS = 1 << 26  # blocks side by side: grid dim y ends at 65535
+MAX_COLS = 65535 * 1024  # grid dim y ends at 65535 blocks; those of linear_bwd have 1024
 
 
 class Loaded(NamedTuple):
@@ -38,7 +38,7 @@ def _import(name: str) -> Loaded:
             raise
         return Loaded(
             None,
-            f"llmkern.{name} was not built: it needs nvcc (CUDA_HOME, PATH), "
+            f"llmkern.{name} was not built: it needs nvcc 13 (CUDA_HOME, PATH), "
             "or an install with LLMKERN_CUDA=on, which brings one",
         )
     except ImportError as error:
@@ -69,16 +69,21 @@ def unavailable(device: str) -> str | None:
     if device != "cuda":
         return f"it serves cuda tensors, and {device} ones only under llmkern.emulator.device"
     if load().reason is None and torch.cuda.is_available():
-        return _too_old(torch.cuda.current_device())
+        return _refused_by(torch.cuda.current_device())
     return load().reason
 
 
 @functools.cache
-def _too_old(index: int) -> str | None:
+def _refused_by(index: int) -> str | None:
+    """Why a card cannot run the kernels: itself, its driver or what they were compiled for."""
     major, minor = torch.cuda.get_device_capability(index)
-    if major * 10 + minor >= OLDEST:
-        return None
-    return f"its kernels need compute capability 8.0, this card has {major}.{minor}"
+    if major * 10 + minor < OLDEST:
+        return f"its kernels need compute capability 8.0, this card has {major}.{minor}"
+    try:
+        load().module.require_kernels((index, 0))
+    except RuntimeError as error:
+        return f"its kernels cannot run on this card: {error}"
+    return None
 
 
 def refusal(device: str, *dtypes: torch.dtype) -> str | None:
