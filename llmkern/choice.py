@@ -62,7 +62,7 @@ def kind_of(spec: tuple) -> dict[str, str | bool]:
         banded = min(spec.left, spec.right) < UNBOUNDED
         kind |= {"banded": banded, "key_mask": spec.key_mask}
     elif isinstance(spec, LinearSpec):
-        kind |= {"activation": spec.activation or "none", "gated": spec.gated}
+        kind |= {"activation": spec.activation or "none", "gated": spec.gated, "tf32": spec.tf32}
     return kind
 
 
@@ -103,19 +103,27 @@ def cycles(counts: Counts) -> float:
     )
 
 
-def better(figures: Figures) -> str:
+def better(figures: Figures, tf32: bool = False) -> str:
     """The backend whose busiest unit is done first; where both are within CLOSE of each other,
-    the one with fewer warp instructions."""
+    the one with fewer warp instructions, and in TF32 cuda: it rounds operands to nearest, as
+    torch's products do, where Triton's cut bits off."""
     times = {name: cycles(getattr(figures, name)) for name in BACKENDS}
     if max(times.values()) <= min(times.values()) * CLOSE:
+        if tf32:
+            return "cuda"
         return min(BACKENDS, key=lambda name: getattr(figures, name).warp_instructions)
     return min(times, key=times.__getitem__)
+
+
+def is_tf32(spec: tuple) -> bool:
+    """Of products that have kernels for TF32 in both backends."""
+    return isinstance(spec, LinearSpec) and spec.tf32
 
 
 def figures_of(op: str, spec: tuple) -> Figures:
     """The counts that stand for a call where nothing was measured."""
     if spec.dtype == torch.float32 and (op, "float32") in FIGURES:
-        return FIGURES[op, "float32"]
+        return FIGURES[op, "tf32" if is_tf32(spec) else "float32"]
     rows = {"attention": "q_len", "linear": "rows"}.get(op)
     if rows is not None and getattr(spec, rows) <= FEW_ROWS:
         return FIGURES[op, "few rows"]
@@ -146,7 +154,7 @@ def prefer(
         reason = f"tuned at {size}: {times} ({source})"
     else:
         figures = figures_of(op, spec)
-        first = better(figures)
+        first = better(figures, tf32=is_tf32(spec))
         reason = f"by counts of {figures.case} in the emulator: {_told(figures)}"
     places = iter(sorted(BACKENDS, key=lambda name: name != first))
     order = tuple(next(places) if name in BACKENDS else name for name in backends)
@@ -180,7 +188,7 @@ FIGURES: dict[tuple[str, str], Figures] = {
     ("attention", "16-bit"): Figures(
         "kernels/attention/causal/B1xH2xS512xD64/bf16/fwd+bwd",
         Counts(370355, 157000, 3840800, 61952),
-        Counts(449420, 213592, 3972352, 69632),
+        Counts(449036, 213592, 3972352, 69632),
     ),
     ("attention", "few rows"): Figures(
         "kernels/attention/B1xH8xS1xT1024xD64/bf16/fwd",
@@ -201,6 +209,11 @@ FIGURES: dict[tuple[str, str], Figures] = {
         "kernels/linear/M256xK256xN256/fp32/fwd+bwd",
         Counts(3559768, 847992, 8619008, 0),
         Counts(2814088, 3244072, 13730816, 0),
+    ),
+    ("linear", "tf32"): Figures(
+        "kernels/linear/M512xK512xN512/fp32/fwd+bwd tf32",
+        Counts(2063728, 1179888, 56264704, 393216),
+        Counts(1861392, 1294416, 54724608, 393216),
     ),
     # figures: end
 }

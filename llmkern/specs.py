@@ -79,6 +79,7 @@ class LinearSpec(NamedTuple):
     residual: bool
     dropout_p: float
     keep_preact: bool  # backward needs the values that went into the activation
+    tf32: bool = False  # on a GPU: float32 products may be computed in TF32 (precision.py)
 
 
 class DropoutSpec(NamedTuple):

@@ -19,7 +19,7 @@ from llmkern.choice import BACKENDS, OPS, Measured
 from llmkern.errors import TuneFileError, TuneWarning
 from llmkern.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 VARIABLE = "LLMKERN_TUNE_FILE"
 SIZES = {"norm": 2, "attention": 4, "linear": 3}  # numbers in a row's size (choice.size_of)
 

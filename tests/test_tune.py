@@ -119,6 +119,14 @@ def test_counts_are_compared_by_the_busiest_unit(cuda, triton, best):
     assert choice.better(Figures("a case", cuda, triton)) == best
 
 
+def test_in_tf32_the_backend_that_rounds_as_torch_does_wins_a_close_race():
+    fewer, more = Counts(100, 400, 0, 0), Counts(120, 400, 0, 0)
+    assert choice.better(Figures("a case", more, fewer)) == "triton"
+    assert choice.better(Figures("a case", more, fewer), tf32=True) == "cuda"
+    slow = Counts(120, 800, 0, 0)
+    assert choice.better(Figures("a case", slow, fewer), tf32=True) == "triton"
+
+
 @pytest.mark.parametrize(
     "op, spec, key",
     [
@@ -127,6 +135,7 @@ def test_counts_are_compared_by_the_busiest_unit(cuda, triton, best):
         ("linear", LINEAR, "16-bit"),
         ("linear", LINEAR._replace(rows=2), "few rows"),
         ("linear", LINEAR._replace(dtype=torch.float32), "float32"),
+        ("linear", LINEAR._replace(dtype=torch.float32, tf32=True), "tf32"),
         ("attention", ATTENTION, "16-bit"),
         ("attention", ATTENTION._replace(q_len=1), "few rows"),
         ("attention", ATTENTION._replace(dtype=torch.float32), "16-bit"),
@@ -136,7 +145,7 @@ def test_every_call_has_counts_that_stand_for_it(op, spec, key):
     figures = choice.figures_of(op, spec)
     assert figures is choice.FIGURES[op, key]
     assert min(figures.cuda[0], figures.triton[0], figures.cuda[2], figures.triton[2]) > 0
-    assert choice.prefer(op, spec, ORDER).order[0] == choice.better(figures)
+    assert choice.prefer(op, spec, ORDER).order[0] == choice.better(figures, tf32=key == "tf32")
 
 
 def test_dispatch_and_explain_follow_the_file(card, both_present):

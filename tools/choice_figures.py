@@ -31,6 +31,7 @@ CASES = {
     ("linear", "16-bit"): linear(512, 512, 512, HALF, backward=True),
     ("linear", "few rows"): linear(1, 768, 3072, HALF),
     ("linear", "float32"): linear(256, 256, 256, SINGLE, backward=True),
+    ("linear", "tf32"): linear(512, 512, 512, SINGLE, backward=True),
 }
 TOLERANCE = 0.05
 
@@ -41,7 +42,8 @@ def missing() -> str | None:
     return next((f"{s.name}: {s.detail}" for s in statuses if not s.available), None)
 
 
-def count(case: Case) -> choice.Figures:
+def count(case: Case, tf32: bool) -> choice.Figures:
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     counts = {}
     for backend in choice.BACKENDS:
         found, _ = profile.profile(case, backend, "sm_80")
@@ -49,7 +51,7 @@ def count(case: Case) -> choice.Figures:
         counts[backend] = choice.Counts(
             found["warp_instructions"], wavefronts, found["global_bytes"], found["mma"]
         )
-    return choice.Figures(case.id, **counts)
+    return choice.Figures(f"{case.id}{' tf32' if tf32 else ''}", **counts)
 
 
 def moved(old: choice.Figures | None, new: choice.Figures) -> bool:
@@ -83,11 +85,12 @@ def main() -> int:
         return 2
     found, changed = {}, 0
     for key, case in CASES.items():
-        found[key] = count(case)
+        found[key] = count(case, tf32=key[1] == "tf32")
         old = choice.FIGURES.get(key)
         changed += moved(old, found[key])
         state = "moved" if moved(old, found[key]) else "same"
-        print(f"{' '.join(key)}: {choice.better(found[key])} first, {state}", flush=True)
+        first = choice.better(found[key], tf32=key[1] == "tf32")
+        print(f"{' '.join(key)}: {first} first, {state}", flush=True)
     if arguments.check:
         return 1 if changed else 0
     text = TARGET.read_text()

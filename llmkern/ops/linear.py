@@ -7,10 +7,11 @@ Transformer", 2020 (the gated form).
 import torch
 from torch import Tensor
 
-from llmkern import checks, dispatch, random
+from llmkern import checks, dispatch, random, target
 from llmkern.backends.reference import linear as reference
 from llmkern.errors import ShapeError
 from llmkern.ops.library import define, in_transform, plain_eager, wants_grad
+from llmkern.precision import tf32_allowed
 from llmkern.specs import LinearSpec
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
@@ -169,18 +170,27 @@ def _linear(x, weight, up_weight, bias, up_bias, residual, activation, dropout_p
     return _forward(*args)[0]
 
 
-def _spec(x, weight, up_weight, bias, residual, activation, dropout_p, keep_preact) -> LinearSpec:
+def _spec(
+    x, weight, up_weight, bias, residual, activation, dropout_p, keep_preact, tf32=False
+) -> LinearSpec:
     n, k = weight.shape
     rows = x.shape[:-1].numel()
-    return LinearSpec(x.dtype, x.device.type, rows, n, k, activation, up_weight is not None,
-                      bias is not None, residual is not None, dropout_p, keep_preact)  # fmt: skip
+    gated = up_weight is not None
+    return LinearSpec(x.dtype, x.device.type, rows, n, k, activation, gated, bias is not None,
+                      residual is not None, dropout_p, keep_preact, tf32)  # fmt: skip
+
+
+def _tf32(x: Tensor) -> bool:
+    """What the spec of a call says; asked for each, as torch's switch may be turned between."""
+    on_gpu = x.device.type == "cuda" or target.emulated()
+    return bool(on_gpu) and x.dtype == torch.float32 and tf32_allowed()
 
 
 def _forward(
     x, weight, up_weight, bias, up_bias, residual, seed, activation, dropout_p, keep_preact, backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, preact, up_preact): what went into the activation and the gate, empty unless kept."""
-    spec = _spec(x, weight, up_weight, bias, residual, activation, dropout_p, keep_preact)
+    spec = _spec(x, weight, up_weight, bias, residual, activation, dropout_p, keep_preact, _tf32(x))
     module = dispatch.resolve("linear", spec, backend)
     return module.forward(spec, x, weight, up_weight, bias, up_bias, residual, seed)
 
@@ -189,7 +199,8 @@ def _backward(dy, x, weight, up_weight, preact, up_preact, seed, activation, dro
               backend):  # fmt: skip
     """(dx, dweight, dup_weight, dbias, dup_bias), each empty where `wants` says no."""
     bias = weight if wants[3] or wants[4] else None
-    spec = _spec(x, weight, up_weight, bias, None, activation, dropout_p, activation is not None)
+    kept = activation is not None
+    spec = _spec(x, weight, up_weight, bias, None, activation, dropout_p, kept, _tf32(x))
     module = dispatch.resolve("linear", spec, backend)
     return module.backward(spec, dy, x, weight, up_weight, preact, up_preact, seed, wants)
 
