@@ -217,6 +217,15 @@ def test_dropout_is_off_outside_training(backend):
     assert torch.equal(linear(x, w, dropout_p=1.0), torch.zeros(4, 6))
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_probability_that_rounds_to_no_decision_drops_nothing(backend, activation):
+    x, w = torch.randn(4, 8).requires_grad_(), torch.randn(6, 8).requires_grad_()
+    plain, rare = (linear(x, w, activation=activation, dropout_p=p) for p in (0.0, 2.0**-18))
+    assert torch.equal(rare, plain)
+    for got, want in zip(*(gradients([y], (x, w)) for y in (rare, plain)), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("size", [(97, 101, 103), (3, 700, 300), (600, 40, 64)], ids=str)
 def test_bitwise_equal_for_any_thread_count(activation, size):

@@ -229,6 +229,14 @@ def test_compilations_name_every_argument_of_their_kernel():
             seen.add(form.name)
 
 
+def test_kernels_are_not_compiled_anew_for_numbers_that_lengths_decide():
+    numbers = {"q_len", "kv_len", "shift", "left", "right", "chunk", "part_rows", "rows", "parts"}
+    for form in attention.compilations(80):
+        for parameter in form.kernel().params:
+            if parameter.name in numbers:
+                assert parameter.do_not_specialize, (form.name, parameter.name)
+
+
 @pytest.mark.parametrize("dim", [128, 256])
 @pytest.mark.parametrize("sides", [dict(mask=(40, 70)), dict(padded=True)], ids=["mask", "padded"])
 def test_masks_of_bytes_with_dropout_and_wide_heads(dim, sides):

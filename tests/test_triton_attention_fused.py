@@ -145,3 +145,20 @@ def test_two_passes_run_where_one_gradient_is_wanted(launched, emulated_triton):
     with dispatch.use_backend("triton"):
         scaled_dot_product_attention(q, k, v).sum().backward()
     assert launched == ["queries"]
+
+
+@pytest.mark.parametrize("queries", [32, 64])
+def test_lengths_do_not_change_how_counters_are_aligned(queries, monkeypatch, emulated_triton):
+    """An address that is no multiple of 16 is another form of the kernel."""
+    from llmkern.backends.triton import attention_bwd_fused_kernels as kernels
+
+    given = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return given.update
+
+    monkeypatch.setattr(kernels, "attention_bwd_fused", Kernel())
+    _gradients(*_inputs(1, 1, queries, 64))
+    assert given["ticket"].data_ptr() % 16 == 0 and given["locks"].data_ptr() % 16 == 0
+    assert given["locks"].numel() == queries // 32

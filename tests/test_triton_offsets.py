@@ -1,5 +1,5 @@
 """Triton kernels index in 64 bits: rows 2^30 + 48 elements apart, in memory that is only reserved.
-Attention's is in test_attention_properties.py."""
+Attention's is in test_attention_properties.py. No grid is longer than a card allows."""
 
 import mmap
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llmkern import functional, use_backend
-from llmkern.backends.triton import _launch
+from llmkern.backends.triton import _launch, _views, norm, tiles_elementwise, tiles_norm
+from llmkern.specs import NormSpec
 
 pytestmark = [
     pytest.mark.skipif(
@@ -47,3 +48,34 @@ def test_elements_beyond_2_31_are_read_where_they_lie(op, apart):
             results.append((y, *torch.autograd.grad(y, x, dy)))
     for far, near in zip(*results, strict=True):
         assert torch.equal(far, near)
+
+
+LONGEST_AXIS = 65535  # of a grid, but for the first
+
+
+def test_rows_longer_than_a_grid_is_wide_are_copied():
+    def rows(cols):
+        return torch.empty_strided((2, cols), (cols + 8, 1), dtype=torch.bfloat16, device="meta")
+
+    for cols in (_views.MOST_COLUMNS, _views.MOST_COLUMNS + 1):
+        _, count, width, _ = _views.plane_of(rows(cols))
+        blocks = -(-width // tiles_elementwise.pick_rows(width).chunk)
+        assert count == 1 or blocks <= LONGEST_AXIS
+    assert _views.plane_of(rows(_views.MOST_COLUMNS))[1] == 2
+
+
+def test_sums_of_the_longest_norm_fit_in_a_grid(monkeypatch):
+    """An image as one row: [3, 64, 512, 1024] over its last three dims."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(norm._backward_kernels(), "norm_bwd_affine", Kernel())
+    spec = NormSpec(torch.bfloat16, torch.bfloat16, "cuda", 3, 64 * 512 * 1024, 1e-5, False, False,
+                    False, 0.0, True, torch.bfloat16)  # fmt: skip
+    tile = tiles_norm.pick_backward(spec.rows, spec.cols, 2, 80)
+    norm._partial_sums(spec, tile, None, 0, None, 0, None, [None, None])
+    assert max(grids[0][1:]) <= LONGEST_AXIS

@@ -25,6 +25,7 @@ ROW_BY_ROW = ("attention_terms", "attention_combine", "attention_bwd_sinks")
 # A few of each op; the test of all forms is slow.
 SHORT = {
     "sm_80": ("norm_fwd 1024 bf16", "bf16 gelu preact", "split join"),
+    "sm_86": ("attention_fwd D64 bf16 short",),
     "sm_90": ("64x64x64 16-bit",),
 }
 

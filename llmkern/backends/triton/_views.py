@@ -13,12 +13,18 @@ def rows_of(t: Tensor, rows: int, cols: int) -> tuple[Tensor, int]:
     return flat, flat.stride(0)
 
 
+# Blocks of 2048 columns lie along a grid's second axis, which has 65535 places.
+MOST_COLUMNS = 65535 * 2048
+
+
 def plane_of(t: Tensor) -> tuple[Tensor, int, int, int]:
     """`t` as rows with column stride 1: (tensor, rows, cols, row stride).
 
-    A contiguous tensor is one row. A copy where no view can, or where rows would be short.
+    A contiguous tensor is one row. A copy where no view can, or where rows would be short or longer
+    than a grid is wide.
     """
-    if not t.is_contiguous() and t.dim() and t.shape[-1] >= 64 and t.stride(-1) == 1:
+    long = t.dim() > 0 and 64 <= t.shape[-1] <= MOST_COLUMNS
+    if long and not t.is_contiguous() and t.stride(-1) == 1:
         flat = t.reshape(-1, t.shape[-1])
         if not flat.is_contiguous():
             return flat, flat.shape[0], flat.shape[1], flat.stride(0)

@@ -24,6 +24,9 @@ def every_form(capability: int) -> Iterator[Compilation]:
     yield from _forms(_example(torch.bfloat16, 64, **everything), "everything", capability)
     yield from _forms(_example(torch.float32, 64, **everything), "everything", capability)
     yield from _side_forms(_example(torch.bfloat16, 64, **everything), capability)
+    for dim in (48, 64):  # the tiles of short bands, lengths that fill no block
+        short = _example(torch.bfloat16, dim, **causal, q_len=1000, kv_len=1000)
+        yield _forward_form(short, "short", capability)
     decode = _example(torch.bfloat16, 128, **causal, shift=2047, q_len=1, kv_heads=2)
     yield _forward_form(decode, "decode", capability)
     yield _combine_form(decode)

@@ -192,7 +192,8 @@ def attend_carefully(out, out_rows, live, scale, lse, q, k, v, begin, end, i, sl
                  mask=live[:, None] & (c < FORM.value_dim)[None, :])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "shift", "left", "right", "chunk", "threshold"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "shift", "left", "right", "chunk", "part_rows",
+                               "threshold"])  # fmt: skip
 def attention_fwd(
     q,
     k,

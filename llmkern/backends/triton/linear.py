@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from llmkern import random
 from llmkern.backends.triton import _launch, linear_calls, tiles_linear, tiles_norm
 from llmkern.backends.triton._calls import Call, compilation, run
 from llmkern.backends.triton._views import contiguous
@@ -45,7 +46,7 @@ def forward(
             preact=kept[0] if parts else None,
             up_preact=kept[1] if parts > 1 else None,
             residual=None if residual is None else _rows(residual, rows, cols),
-            seed=seed if spec.dropout_p else None,
+            seed=seed if random.threshold(spec.dropout_p) else None,
             dropout_p=spec.dropout_p,
         )
         a = x.reshape(rows, spec.in_features)
@@ -98,7 +99,7 @@ def _product_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(g, gu) [rows, out_features], gradients of the two products, and those of their biases."""
     rows, cols = spec.rows, spec.out_features
-    changed = spec.activation is not None or spec.dropout_p > 0.0
+    changed = spec.activation is not None or random.threshold(spec.dropout_p) > 0
     wide = changed and (wants[0] or wants[1] or wants[2])
     g, gu = (
         torch.empty((rows, cols), dtype=dy.dtype, device=dy.device) if wanted else None

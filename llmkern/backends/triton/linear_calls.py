@@ -52,7 +52,7 @@ class Epilogue(NamedTuple):
     preact: Tensor | None = None
     up_preact: Tensor | None = None
     residual: Tensor | None = None  # [m, n], column stride 1
-    seed: Tensor | None = None  # None without dropout
+    seed: Tensor | None = None  # None without dropout, or where its threshold is 0
     dropout_p: float = 0.0
 
     def arguments(self, y: Tensor) -> dict[str, object]:
@@ -241,6 +241,7 @@ def dpre(
 ) -> list[Call]:
     """The calls for g and gu [rows, cols] and for the gradients of the biases [cols]."""
     (m, n), device = dy.shape, dy.device
+    threshold = random.threshold(spec.dropout_p)  # 0: nothing is dropped
     cut = tiles_linear.pick_columns(m, n, processors)
     sums = biases
     if cut.parts > 1:
@@ -252,7 +253,7 @@ def dpre(
         "dy": dy,
         "preact": preact,
         "up_preact": up_preact,
-        "seed": seed if spec.dropout_p else None,
+        "seed": seed if threshold else None,
         "g": grads[0],
         "gu": grads[1],
         "sums": sums[0],
@@ -261,8 +262,8 @@ def dpre(
         "m": m,
         "n": n,
         "m_part": cut.m_part,
-        "threshold": random.threshold(spec.dropout_p) if spec.dropout_p else None,
-        "scale": random.scale(spec.dropout_p) if spec.dropout_p else None,
+        "threshold": threshold or None,
+        "scale": random.scale(spec.dropout_p) if threshold else None,
     }
     constexprs = {
         "ACTIVATION": spec.activation,

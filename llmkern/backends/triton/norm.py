@@ -163,7 +163,7 @@ def _zeros(spec: NormSpec, device: torch.device) -> Tensor:
 
 def _partial_sums(spec, tile, dy, dy_stride, z, z_stride, statistics, parts) -> None:
     block = tiles_norm.AFFINE
-    grid = (tile.programs, -(-spec.cols // block.chunk))
+    grid = (-(-spec.cols // block.chunk), tile.programs)
     _backward_kernels().norm_bwd_affine[grid](
         dy, z, statistics, *parts, dy_stride, z_stride, spec.rows, spec.cols, spec.rms,
         block.rows, block.chunk, num_warps=block.num_warps,

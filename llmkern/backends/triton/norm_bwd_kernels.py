@@ -174,11 +174,12 @@ def norm_bwd_affine(
     rows, cols,
     RMS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums as norm_bwd writes them; grid (parts, column blocks)."""
-    col = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    """Partial sums as norm_bwd writes them; grid (column blocks, parts): the second axis has 65535
+    places at most."""
+    col = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     dw = tl.zeros([ROWS, CHUNK], tl.float32)
     db = tl.zeros([ROWS, CHUNK], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for block in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
         row = block * ROWS + tl.arange(0, ROWS)
         exists = row < rows
         row = tl.minimum(row, rows - 1).to(tl.int64)
@@ -188,7 +189,7 @@ def norm_bwd_affine(
             mean = 0.0 if RMS else tl.load(statistics + row)[:, None]
             dw += d * ((load_tile(z, row, z_stride, col, cols, False) - mean) * rstd)
         db += d
-    start = tl.program_id(0).to(tl.int64) * cols
+    start = tl.program_id(1).to(tl.int64) * cols
     if dweight is not None:
         tl.store(dweight + start + col, tl.sum(dw, axis=0), mask=col < cols)
     if dbias is not None:

@@ -166,6 +166,8 @@ def _of(table: dict, spec: AttentionSpec, shape: Form, capability: int) -> Tile:
 # against 1.25 of the least at 512) and make twice the programs; beyond, fewer reads of k, v count.
 # Of 64 channels at most: with more, starting a program costs more than that saves. wgmma wants four
 # warps; where there is none, two warps of 32 rows each read a tile of k or v half as often as four.
+# The masks of lengths that are no multiple of 128 leave two warps too few registers on sm_86 (212
+# bytes spilled), with those of a padded head dim on sm_80 too (48).
 SHORT_BAND = 1024
 _SHORT = {80: Tile(64, 64, 2, 2), 86: Tile(64, 64, 2, 2)}
 
@@ -202,7 +204,11 @@ def _under_band(tile: Tile, spec: AttentionSpec, shape: Form, capability: int) -
     family, width = architecture(capability), max(64, shape.block_d, shape.block_dv)
     if tile == _FORWARD[family, 2].get(width):
         if rows(spec) <= SHORT_BAND and width == 64:
-            return _SHORT.get(family, tile._replace(block_m=64, num_warps=4))
+            four_warps = tile._replace(block_m=64, block_n=64, num_warps=4)
+            padded_dim = min(shape.head_dim, shape.value_dim) < width
+            if shape.tail_edge and (family == 86 or padded_dim):
+                return four_warps
+            return _SHORT.get(family, four_warps)
     return tile
 
 
