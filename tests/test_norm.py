@@ -214,9 +214,10 @@ def test_norm_takes_any_layout(backend, layout, dy_layout):
         y, expected = run(*inputs), run(*plain)
         got = (y, *torch.autograd.grad(y, inputs, dy))
         want = (expected, *torch.autograd.grad(expected, plain, dy.contiguous()))
-        # torch's own sums depend on the layout; the kernels' do not. Rows of equal elements have
-        # rstd = 316, which scales the difference.
-        tolerance = 2e-2 if backend == "reference" else 0.0
+        # torch's own sums depend on the layout; the kernels' do not, but for Triton's, which
+        # compiles anew for strides that are multiples of 16. Rows of equal elements have rstd =
+        # 316, which scales the difference.
+        tolerance = {"reference": 2e-2, "triton": 1e-5}.get(backend, 0.0)
         for a, b in zip(got, want, strict=True):
             assert torch.allclose(a, b, tolerance, tolerance)
 
