@@ -24,6 +24,12 @@ def every_form(capability: int) -> Iterator[Compilation]:
     yield from _forms(_example(torch.bfloat16, 64, **everything), "everything", capability)
     yield from _forms(_example(torch.float32, 64, **everything), "everything", capability)
     yield from _side_forms(_example(torch.bfloat16, 64, **everything), capability)
+    for dim in (128, 256):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield _forward_form(_example(dtype, dim, **everything), "everything", capability)
+    band = _example(torch.bfloat16, 64, **causal, q_len=512, kv_len=512)
+    yield from _forms(band, "short band", capability)
+    yield from _eased_forms(capability)
     for dim in (48, 64):  # the tiles of short bands, lengths that fill no block
         short = _example(torch.bfloat16, dim, **causal, q_len=1000, kv_len=1000)
         yield _forward_form(short, "short", capability)
@@ -37,6 +43,28 @@ def _example(dtype: torch.dtype, head_dim: int, **changes) -> AttentionSpec:
         dtype, "cuda", 2, 8, 8, 2048, 2048, head_dim, head_dim, head_dim**-0.5, 0.0, 0, UNBOUNDED,
         UNBOUNDED, 0.0, False, False, False, False, False)  # fmt: skip
     return plain._replace(**changes)
+
+
+_BURDENS = {
+    "plain": {},
+    "key mask": dict(key_mask=True),
+    "beside": dict(dropout_p=0.1),
+    "bias": dict(bias=True),
+    "mask": dict(mask=True),
+}
+
+
+def _eased_forms(capability: int) -> Iterator[Compilation]:
+    """Forward with each row of the table of tiles that were made smaller."""
+    family = tiles.architecture(capability)
+    for (of, size, width), rows in tiles.EASED.items():
+        dtype = torch.bfloat16 if size == 2 else torch.float32
+        for burden, masks in rows if of == family else ():
+            lengths = dict(q_len=3000, kv_len=3001) if masks else {}
+            spec = _example(dtype, width - (7 if masks > 1 else 0), right=0, **lengths,
+                            **_BURDENS[burden])._replace(value_dim=width)  # fmt: skip
+            kind = f"{burden}{('', ' ragged', ' odd')[masks]}"
+            yield _forward_form(spec, kind, capability)
 
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -146,10 +146,15 @@ def architecture(capability: int) -> int:
 
 
 # Of the forward kernel with two or more of: bias, mask, softcap, slopes, dropout. By bytes of an
-# element. What they compute beside the scores is dealt out to more warps.
+# element, then by width. What they compute beside the scores is dealt out to more warps.
 _MANY = {
-    2: {64: Tile(64, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1)},
+    2: {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     4: {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+# Of 2 bytes and 256, by architecture class and number of _burden.
+_MANY_WIDE = {
+    (90, 2): Tile(32, 32, 8, 1),
+    **{(100, masks): Tile(32, 32, 8, 1) for masks in range(3)},
 }
 
 
@@ -186,13 +191,184 @@ def _deep_enough(tile: Tile, spec: AttentionSpec, shape: Form, of_queries: bool)
     return tile._replace(block_n=max(LEAST_SUM, tile.block_n))
 
 
+# What stands for the forward kernel's tile where that would spill: by (architecture class, bytes of
+# an element, the wider of the padded head dims), then by _burden. 2026-11-22: the first of some
+# fifteen tiles, from large to small, that ptxas compiles without spills, causal, of lengths
+# 2048 x 2048, 1000 x 1001 or 3000 x 3001.
+EASED = {
+    (80, 2, 64): {
+        ("beside", 2): Tile(128, 32, 8, 2),
+        ("key mask", 1): Tile(128, 32, 8, 2),
+        ("key mask", 2): Tile(128, 32, 8, 2),
+        ("mask", 1): Tile(128, 32, 8, 1),
+        ("mask", 2): Tile(128, 32, 8, 1),
+        ("plain", 1): Tile(128, 64, 8, 2),
+    },
+    (80, 2, 128): {
+        ("beside", 0): Tile(64, 32, 8, 2),
+        ("beside", 1): Tile(64, 32, 8, 2),
+        ("beside", 2): Tile(64, 32, 8, 2),
+        ("key mask", 0): Tile(128, 64, 8, 2),
+        ("key mask", 1): Tile(128, 32, 8, 2),
+        ("key mask", 2): Tile(128, 32, 8, 2),
+        ("mask", 1): Tile(64, 32, 8, 1),
+        ("mask", 2): Tile(64, 32, 8, 1),
+        ("plain", 2): Tile(128, 64, 8, 2),
+    },
+    (80, 2, 256): {
+        ("key mask", 1): Tile(32, 32, 8, 1),
+        ("key mask", 2): Tile(32, 32, 8, 1),
+    },
+    (80, 4, 64): {
+        ("bias", 0): Tile(64, 32, 4, 1),
+        ("bias", 1): Tile(64, 32, 4, 1),
+        ("bias", 2): Tile(64, 32, 4, 1),
+        ("key mask", 1): Tile(64, 32, 8, 2),
+        ("key mask", 2): Tile(64, 32, 8, 2),
+        ("mask", 0): Tile(64, 64, 8, 1),
+        ("mask", 1): Tile(64, 32, 4, 1),
+        ("mask", 2): Tile(64, 32, 4, 1),
+    },
+    (80, 4, 128): {
+        ("beside", 0): Tile(64, 32, 8, 2),
+        ("beside", 1): Tile(32, 32, 8, 1),
+        ("beside", 2): Tile(32, 32, 8, 1),
+        ("bias", 1): Tile(64, 32, 8, 1),
+        ("bias", 2): Tile(64, 32, 8, 1),
+        ("key mask", 0): Tile(64, 32, 8, 2),
+        ("key mask", 1): Tile(32, 32, 8, 1),
+        ("key mask", 2): Tile(32, 32, 8, 1),
+        ("plain", 2): Tile(64, 32, 8, 2),
+    },
+    (80, 4, 256): {
+        ("beside", 1): Tile(32, 32, 8, 1),
+        ("beside", 2): Tile(32, 32, 8, 1),
+        ("key mask", 1): Tile(16, 16, 4, 1),
+        ("key mask", 2): Tile(16, 16, 4, 1),
+    },
+    (86, 2, 64): {
+        ("beside", 1): Tile(128, 32, 8, 2),
+        ("beside", 2): Tile(128, 32, 8, 2),
+        ("key mask", 2): Tile(128, 32, 8, 2),
+        ("plain", 2): Tile(128, 32, 8, 2),
+    },
+    (86, 2, 128): {
+        ("beside", 0): Tile(64, 32, 4, 2),
+        ("beside", 1): Tile(64, 32, 4, 2),
+        ("key mask", 1): Tile(128, 32, 8, 1),
+        ("key mask", 2): Tile(128, 32, 8, 1),
+        ("mask", 0): Tile(64, 32, 4, 1),
+        ("mask", 1): Tile(32, 32, 4, 1),
+        ("mask", 2): Tile(32, 32, 4, 1),
+        ("plain", 2): Tile(128, 32, 8, 1),
+    },
+    (86, 2, 256): {
+        ("beside", 1): Tile(16, 32, 4, 1),
+        ("beside", 2): Tile(16, 32, 4, 1),
+        ("bias", 1): Tile(16, 32, 4, 1),
+        ("bias", 2): Tile(16, 32, 4, 1),
+    },
+    (86, 4, 64): {
+        ("bias", 1): Tile(64, 64, 8, 1),
+        ("bias", 2): Tile(64, 64, 8, 1),
+        ("key mask", 1): Tile(64, 64, 8, 2),
+        ("key mask", 2): Tile(64, 64, 8, 2),
+        ("mask", 0): Tile(64, 64, 8, 1),
+        ("mask", 1): Tile(64, 64, 8, 1),
+        ("mask", 2): Tile(64, 64, 8, 1),
+    },
+    (86, 4, 256): {
+        ("key mask", 0): Tile(16, 32, 4, 1),
+        ("key mask", 1): Tile(16, 32, 8, 1),
+        ("key mask", 2): Tile(16, 32, 8, 1),
+    },
+    (90, 2, 64): {
+        ("key mask", 1): Tile(128, 64, 8, 2),
+        ("plain", 2): Tile(128, 64, 8, 2),
+    },
+    (90, 2, 128): {
+        ("key mask", 2): Tile(128, 32, 8, 2),
+    },
+    (90, 2, 256): {
+        ("bias", 1): Tile(32, 32, 4, 1),
+        ("bias", 2): Tile(32, 32, 4, 1),
+        ("key mask", 1): Tile(64, 32, 8, 1),
+        ("key mask", 2): Tile(16, 32, 8, 1),
+        ("plain", 1): Tile(64, 32, 8, 1),
+        ("plain", 2): Tile(64, 32, 8, 1),
+    },
+    (90, 4, 64): {
+        ("beside", 1): Tile(64, 64, 8, 2),
+        ("beside", 2): Tile(64, 64, 8, 2),
+        ("bias", 0): Tile(64, 64, 8, 1),
+        ("bias", 1): Tile(64, 64, 8, 1),
+        ("bias", 2): Tile(64, 64, 8, 1),
+        ("key mask", 1): Tile(64, 32, 4, 2),
+        ("key mask", 2): Tile(64, 32, 4, 2),
+        ("mask", 1): Tile(64, 64, 8, 1),
+        ("mask", 2): Tile(64, 64, 8, 1),
+        ("plain", 2): Tile(64, 64, 8, 2),
+    },
+    (90, 4, 128): {
+        ("beside", 1): Tile(32, 32, 4, 1),
+        ("beside", 2): Tile(32, 32, 4, 1),
+        ("bias", 1): Tile(16, 32, 4, 1),
+        ("bias", 2): Tile(32, 32, 4, 1),
+        ("mask", 1): Tile(32, 32, 4, 1),
+        ("mask", 2): Tile(32, 32, 4, 1),
+        ("plain", 1): Tile(64, 32, 4, 1),
+        ("plain", 2): Tile(32, 32, 4, 2),
+    },
+    (100, 2, 64): {
+        ("key mask", 1): Tile(128, 32, 8, 2),
+        ("key mask", 2): Tile(128, 64, 8, 2),
+        ("plain", 1): Tile(128, 64, 8, 2),
+    },
+    (100, 2, 128): {
+        ("beside", 1): Tile(64, 32, 4, 2),
+    },
+    (100, 2, 256): {
+        ("key mask", 1): Tile(64, 32, 8, 2),
+        ("key mask", 2): Tile(64, 32, 8, 2),
+        ("mask", 0): Tile(32, 32, 4, 1),
+        ("mask", 1): Tile(32, 32, 4, 1),
+        ("plain", 1): Tile(64, 32, 8, 2),
+        ("plain", 2): Tile(64, 32, 8, 2),
+    },
+    (100, 4, 128): {
+        ("bias", 0): Tile(32, 32, 4, 1),
+        ("bias", 1): Tile(32, 32, 4, 1),
+    },
+}
+
+
+def _burden(shape: Form) -> tuple[str, int]:
+    """What takes registers beside the products: its name, and how many of length and head dim need
+    masks too: 0, 1 (the lengths) or 2."""
+    if shape.mask or shape.bias:
+        name = "mask" if shape.mask else "bias"
+    elif shape.softcap or shape.slopes or shape.dropout:
+        name = "beside"
+    else:
+        name = "key mask" if shape.key_mask else "plain"
+    padded_dim = shape.head_dim < shape.block_d or shape.value_dim < shape.block_dv
+    return name, shape.tail_edge + (shape.tail_edge and padded_dim)
+
+
 def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     """Of the forward kernel."""
-    tile = _of(_FORWARD, spec, shape, capability)
+    family, width = architecture(capability), max(64, shape.block_d, shape.block_dv)
+    tile, burden = _of(_FORWARD, spec, shape, capability), _burden(shape)
     if shape.softcap + shape.slopes + shape.dropout + shape.bias + shape.mask > 1:
-        tile = _MANY[spec.dtype.itemsize][max(64, shape.block_d, shape.block_dv)]
-    elif shape.left or shape.right:
-        tile = _under_band(tile, spec, shape, capability)
+        tile = _MANY[spec.dtype.itemsize][width]
+        if spec.dtype.itemsize == 2 and width == 256:
+            tile = _MANY_WIDE.get((family, burden[1]), tile)
+    else:
+        banded = _under_band(tile, spec, shape, capability)
+        if banded == tile or burden != ("plain", 1):  # those of short bands are known not to spill
+            eased = EASED.get((family, spec.dtype.itemsize, width), {})
+            banded = eased.get(burden, banded)
+        tile = banded
     tile = _deep_enough(tile, spec, shape, of_queries=False)
     block_m = min(tile.block_m, padded(rows(spec)))
     if block_m < tile.block_m:
@@ -201,6 +377,8 @@ def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
 
 
 def _under_band(tile: Tile, spec: AttentionSpec, shape: Form, capability: int) -> Tile:
+    if not (shape.left or shape.right):
+        return tile
     family, width = architecture(capability), max(64, shape.block_d, shape.block_dv)
     if tile == _FORWARD[family, 2].get(width):
         if rows(spec) <= SHORT_BAND and width == 64:
