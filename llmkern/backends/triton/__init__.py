@@ -2,7 +2,7 @@
 
 <op>.py: supports, forward, backward and the launches; importable without triton.
 <op>_kernels.py: the @triton.jit kernels, imported at the first launch.
-tiles.py: which tile sizes a call gets; data and pure functions, importable without triton.
+tiles_*.py: which tile sizes a call gets; data and pure functions, importable without triton.
 """
 
 import torch

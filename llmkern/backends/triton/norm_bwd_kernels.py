@@ -8,7 +8,7 @@ registers. Each program writes one partial sum [cols] and column_sum adds them u
 no atomics. norm_bwd_wide and norm_bwd_affine take rows that are too long for that. dx None: only
 the weight's and bias's gradients are wanted. Rows that do not exist have dy = 0. Means are taken
 away before rstd multiplies, which is an instruction an element more than products and sums fused,
-but rows far from zero, or all the same, keep their digits.
+but rows far from zero keep their digits.
 Layout, flags and what is specialised: norm_kernels.py.
 """
 
