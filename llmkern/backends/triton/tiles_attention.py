@@ -151,10 +151,11 @@ _MANY = {
     2: {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     4: {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
-# Of 2 bytes and 256, by architecture class and number of _burden.
+# Of width 256, by architecture class, bytes of an element and number of _burden.
 _MANY_WIDE = {
-    (90, 2): Tile(32, 32, 8, 1),
-    **{(100, masks): Tile(32, 32, 8, 1) for masks in range(3)},
+    **{(86, 4, masks): Tile(16, 32, 8, 1) for masks in (0, 1)},
+    (90, 2, 2): Tile(32, 32, 8, 1),
+    **{(100, 2, masks): Tile(32, 32, 8, 1) for masks in (0, 1, 2)},
 }
 
 
@@ -263,19 +264,20 @@ EASED = {
         ("plain", 2): Tile(128, 32, 8, 1),
     },
     (86, 2, 256): {
-        ("beside", 1): Tile(16, 32, 4, 1),
-        ("beside", 2): Tile(16, 32, 4, 1),
+        ("beside", 1): Tile(16, 64, 8, 1),
+        ("beside", 2): Tile(16, 64, 8, 1),
         ("bias", 1): Tile(16, 32, 4, 1),
         ("bias", 2): Tile(16, 32, 4, 1),
     },
     (86, 4, 64): {
-        ("bias", 1): Tile(64, 64, 8, 1),
-        ("bias", 2): Tile(64, 64, 8, 1),
+        ("bias", 1): Tile(64, 32, 8, 1),
+        ("bias", 2): Tile(64, 32, 8, 1),
         ("key mask", 1): Tile(64, 64, 8, 2),
         ("key mask", 2): Tile(64, 64, 8, 2),
-        ("mask", 0): Tile(64, 64, 8, 1),
-        ("mask", 1): Tile(64, 64, 8, 1),
-        ("mask", 2): Tile(64, 64, 8, 1),
+        ("mask", 0): Tile(64, 32, 4, 1),
+        ("mask", 1): Tile(64, 32, 4, 1),
+        ("mask", 2): Tile(64, 32, 4, 1),
+        ("bias", 0): Tile(64, 32, 8, 1),
     },
     (86, 4, 256): {
         ("key mask", 0): Tile(16, 32, 4, 1),
@@ -361,8 +363,8 @@ def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
     tile, burden = _of(_FORWARD, spec, shape, capability), _burden(shape)
     if shape.softcap + shape.slopes + shape.dropout + shape.bias + shape.mask > 1:
         tile = _MANY[spec.dtype.itemsize][width]
-        if spec.dtype.itemsize == 2 and width == 256:
-            tile = _MANY_WIDE.get((family, burden[1]), tile)
+        if width == 256:
+            tile = _MANY_WIDE.get((family, spec.dtype.itemsize, burden[1]), tile)
     else:
         banded = _under_band(tile, spec, shape, capability)
         if banded == tile or burden != ("plain", 1):  # those of short bands are known not to spill
