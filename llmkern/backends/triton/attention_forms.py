@@ -59,7 +59,8 @@ def _eased_forms(capability: int) -> Iterator[Compilation]:
     family = tiles.architecture(capability)
     for (of, size, width), rows in tiles.EASED.items():
         dtype = torch.bfloat16 if size == 2 else torch.float32
-        for burden, masks in rows if of == family else ():
+        found = [(name, masks) for name, row in rows.items() for masks in range(3) if row[masks]]
+        for burden, masks in found if of == family else ():
             lengths = dict(q_len=3000, kv_len=3001) if masks else {}
             spec = _example(dtype, width - (7 if masks > 1 else 0), right=0, **lengths,
                             **_BURDENS[burden])._replace(value_dim=width)  # fmt: skip

@@ -192,154 +192,104 @@ def _deep_enough(tile: Tile, spec: AttentionSpec, shape: Form, of_queries: bool)
     return tile._replace(block_n=max(LEAST_SUM, tile.block_n))
 
 
+_FEW_ROWS = Tile(32, 32, 8, 1)  # of float32: 17 to 64 rows
 # What stands for the forward kernel's tile where that would spill: by (architecture class, bytes of
-# an element, the wider of the padded head dims), then by _burden. 2026-11-22: the first of some
-# fifteen tiles, from large to small, that ptxas compiles without spills, causal, of lengths
-# 2048 x 2048, 1000 x 1001 or 3000 x 3001.
+# an element, width), then by _burden's name and number; None: it does not. 2026-11-22: the first of
+# fifteen tiles, from large to small, that ptxas compiles without spills, causal, of lengths 2048,
+# 1000 x 1001 or 3000 x 3001.
 EASED = {
     (80, 2, 64): {
-        ("beside", 2): Tile(128, 32, 8, 2),
-        ("key mask", 1): Tile(128, 32, 8, 2),
-        ("key mask", 2): Tile(128, 32, 8, 2),
-        ("mask", 1): Tile(128, 32, 8, 1),
-        ("mask", 2): Tile(128, 32, 8, 1),
-        ("plain", 1): Tile(128, 64, 8, 2),
+        "beside": (None, None, Tile(128, 32, 8, 2)),
+        "key mask": (None, Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        "mask": (None, Tile(128, 32, 8, 1), Tile(128, 32, 8, 1)),
+        "plain": (None, Tile(128, 64, 8, 2), None),
     },
     (80, 2, 128): {
-        ("beside", 0): Tile(64, 32, 8, 2),
-        ("beside", 1): Tile(64, 32, 8, 2),
-        ("beside", 2): Tile(64, 32, 8, 2),
-        ("key mask", 0): Tile(128, 64, 8, 2),
-        ("key mask", 1): Tile(128, 32, 8, 2),
-        ("key mask", 2): Tile(128, 32, 8, 2),
-        ("mask", 1): Tile(64, 32, 8, 1),
-        ("mask", 2): Tile(64, 32, 8, 1),
-        ("plain", 2): Tile(128, 64, 8, 2),
+        "beside": (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        "key mask": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        "mask": (None, Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        "plain": (None, None, Tile(128, 64, 8, 2)),
     },
     (80, 2, 256): {
-        ("key mask", 1): Tile(32, 32, 8, 1),
-        ("key mask", 2): Tile(32, 32, 8, 1),
+        "key mask": (None, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },
     (80, 4, 64): {
-        ("bias", 0): Tile(64, 32, 4, 1),
-        ("bias", 1): Tile(64, 32, 4, 1),
-        ("bias", 2): Tile(64, 32, 4, 1),
-        ("key mask", 1): Tile(64, 32, 8, 2),
-        ("key mask", 2): Tile(64, 32, 8, 2),
-        ("mask", 0): Tile(64, 64, 8, 1),
-        ("mask", 1): Tile(64, 32, 4, 1),
-        ("mask", 2): Tile(64, 32, 4, 1),
+        "bias": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+        "key mask": (None, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        "mask": (Tile(64, 64, 8, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
     },
     (80, 4, 128): {
-        ("beside", 0): Tile(64, 32, 8, 2),
-        ("beside", 1): Tile(32, 32, 8, 1),
-        ("beside", 2): Tile(32, 32, 8, 1),
-        ("bias", 1): Tile(64, 32, 8, 1),
-        ("bias", 2): Tile(64, 32, 8, 1),
-        ("key mask", 0): Tile(64, 32, 8, 2),
-        ("key mask", 1): Tile(32, 32, 8, 1),
-        ("key mask", 2): Tile(32, 32, 8, 1),
-        ("plain", 2): Tile(64, 32, 8, 2),
+        "beside": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "bias": (None, Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        "key mask": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "plain": (None, None, Tile(64, 32, 8, 2)),
     },
     (80, 4, 256): {
-        ("beside", 1): Tile(32, 32, 8, 1),
-        ("beside", 2): Tile(32, 32, 8, 1),
-        ("key mask", 1): Tile(16, 16, 4, 1),
-        ("key mask", 2): Tile(16, 16, 4, 1),
+        "beside": (None, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        "key mask": (None, Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
     },
     (86, 2, 64): {
-        ("beside", 1): Tile(128, 32, 8, 2),
-        ("beside", 2): Tile(128, 32, 8, 2),
-        ("key mask", 2): Tile(128, 32, 8, 2),
-        ("plain", 2): Tile(128, 32, 8, 2),
+        "beside": (None, Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        "key mask": (None, None, Tile(128, 32, 8, 2)),
+        "plain": (None, None, Tile(128, 32, 8, 2)),
     },
     (86, 2, 128): {
-        ("beside", 0): Tile(64, 32, 4, 2),
-        ("beside", 1): Tile(64, 32, 4, 2),
-        ("key mask", 1): Tile(128, 32, 8, 1),
-        ("key mask", 2): Tile(128, 32, 8, 1),
-        ("mask", 0): Tile(64, 32, 4, 1),
-        ("mask", 1): Tile(32, 32, 4, 1),
-        ("mask", 2): Tile(32, 32, 4, 1),
-        ("plain", 2): Tile(128, 32, 8, 1),
+        "beside": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), None),
+        "key mask": (None, Tile(128, 32, 8, 1), Tile(128, 32, 8, 1)),
+        "mask": (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        "plain": (None, None, Tile(128, 32, 8, 1)),
     },
     (86, 2, 256): {
-        ("beside", 1): Tile(16, 64, 8, 1),
-        ("beside", 2): Tile(16, 64, 8, 1),
-        ("bias", 1): Tile(16, 32, 4, 1),
-        ("bias", 2): Tile(16, 32, 4, 1),
+        "beside": (None, Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
+        "bias": (None, Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
     },
     (86, 4, 64): {
-        ("bias", 1): Tile(64, 32, 8, 1),
-        ("bias", 2): Tile(64, 32, 8, 1),
-        ("key mask", 1): Tile(64, 64, 8, 2),
-        ("key mask", 2): Tile(64, 64, 8, 2),
-        ("mask", 0): Tile(64, 32, 4, 1),
-        ("mask", 1): Tile(64, 32, 4, 1),
-        ("mask", 2): Tile(64, 32, 4, 1),
-        ("bias", 0): Tile(64, 32, 8, 1),
+        "bias": (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        "key mask": (None, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        "mask": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
     },
     (86, 4, 256): {
-        ("key mask", 0): Tile(16, 32, 4, 1),
-        ("key mask", 1): Tile(16, 32, 8, 1),
-        ("key mask", 2): Tile(16, 32, 8, 1),
+        "key mask": (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     (90, 2, 64): {
-        ("key mask", 1): Tile(128, 64, 8, 2),
-        ("plain", 2): Tile(128, 64, 8, 2),
+        "key mask": (None, Tile(128, 64, 8, 2), None),
+        "plain": (None, None, Tile(128, 64, 8, 2)),
     },
     (90, 2, 128): {
-        ("key mask", 2): Tile(128, 32, 8, 2),
+        "key mask": (None, None, Tile(128, 32, 8, 2)),
     },
     (90, 2, 256): {
-        ("bias", 1): Tile(32, 32, 4, 1),
-        ("bias", 2): Tile(32, 32, 4, 1),
-        ("key mask", 1): Tile(64, 32, 8, 1),
-        ("key mask", 2): Tile(16, 32, 8, 1),
-        ("plain", 1): Tile(64, 32, 8, 1),
-        ("plain", 2): Tile(64, 32, 8, 1),
+        "bias": (None, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        "key mask": (None, Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)),
+        "plain": (None, Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
     (90, 4, 64): {
-        ("beside", 1): Tile(64, 64, 8, 2),
-        ("beside", 2): Tile(64, 64, 8, 2),
-        ("bias", 0): Tile(64, 64, 8, 1),
-        ("bias", 1): Tile(64, 64, 8, 1),
-        ("bias", 2): Tile(64, 64, 8, 1),
-        ("key mask", 1): Tile(64, 32, 4, 2),
-        ("key mask", 2): Tile(64, 32, 4, 2),
-        ("mask", 1): Tile(64, 64, 8, 1),
-        ("mask", 2): Tile(64, 64, 8, 1),
-        ("plain", 2): Tile(64, 64, 8, 2),
+        "beside": (None, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        "bias": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        "key mask": (None, Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        "mask": (None, Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        "plain": (None, None, Tile(64, 64, 8, 2)),
     },
     (90, 4, 128): {
-        ("beside", 1): Tile(32, 32, 4, 1),
-        ("beside", 2): Tile(32, 32, 4, 1),
-        ("bias", 1): Tile(16, 32, 4, 1),
-        ("bias", 2): Tile(32, 32, 4, 1),
-        ("mask", 1): Tile(32, 32, 4, 1),
-        ("mask", 2): Tile(32, 32, 4, 1),
-        ("plain", 1): Tile(64, 32, 4, 1),
-        ("plain", 2): Tile(32, 32, 4, 2),
+        "beside": (None, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        "bias": (None, Tile(16, 32, 4, 1), Tile(32, 32, 4, 1)),
+        "mask": (None, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        "plain": (None, Tile(64, 32, 4, 1), Tile(32, 32, 4, 2)),
     },
     (100, 2, 64): {
-        ("key mask", 1): Tile(128, 32, 8, 2),
-        ("key mask", 2): Tile(128, 64, 8, 2),
-        ("plain", 1): Tile(128, 64, 8, 2),
+        "key mask": (None, Tile(128, 32, 8, 2), Tile(128, 64, 8, 2)),
+        "plain": (None, Tile(128, 64, 8, 2), None),
     },
     (100, 2, 128): {
-        ("beside", 1): Tile(64, 32, 4, 2),
+        "beside": (None, Tile(64, 32, 4, 2), None),
     },
     (100, 2, 256): {
-        ("key mask", 1): Tile(64, 32, 8, 2),
-        ("key mask", 2): Tile(64, 32, 8, 2),
-        ("mask", 0): Tile(32, 32, 4, 1),
-        ("mask", 1): Tile(32, 32, 4, 1),
-        ("plain", 1): Tile(64, 32, 8, 2),
-        ("plain", 2): Tile(64, 32, 8, 2),
+        "key mask": (None, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        "mask": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), None),
+        "plain": (None, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     (100, 4, 128): {
-        ("bias", 0): Tile(32, 32, 4, 1),
-        ("bias", 1): Tile(32, 32, 4, 1),
+        "bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), None),
     },
 }
 
@@ -366,16 +316,21 @@ def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
         if width == 256:
             tile = _MANY_WIDE.get((family, spec.dtype.itemsize, burden[1]), tile)
     else:
-        banded = _under_band(tile, spec, shape, capability)
-        if banded == tile or burden != ("plain", 1):  # those of short bands are known not to spill
+        few = padded(rows(spec))
+        if spec.dtype.itemsize == 4 and 16 < few <= 64 and width <= 128:
+            return _FEW_ROWS
+        full, tile = tile, _under_band(tile, spec, shape, capability)
+        name, masks = burden
+        # What is left out does not spill: 16 rows, short bands without a burden.
+        if min(tile.block_m, few) > 16 and (tile == full or burden != ("plain", 1)):
             eased = EASED.get((family, spec.dtype.itemsize, width), {})
-            banded = eased.get(burden, banded)
-        tile = banded
+            tile = eased.get(name, (None, None, None))[masks] or tile
     tile = _deep_enough(tile, spec, shape, of_queries=False)
     block_m = min(tile.block_m, padded(rows(spec)))
-    if block_m < tile.block_m:
-        return tile._replace(block_m=block_m, num_warps=min(4, tile.num_warps))
-    return tile
+    if block_m == tile.block_m:
+        return tile
+    block_n = tile.block_n if block_m == 16 else min(tile.block_n, 64)  # half the warps, or fewer
+    return tile._replace(block_m=block_m, block_n=block_n, num_warps=min(4, tile.num_warps))
 
 
 def _under_band(tile: Tile, spec: AttentionSpec, shape: Form, capability: int) -> Tile:
