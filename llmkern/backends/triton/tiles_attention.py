@@ -321,7 +321,7 @@ def pick_forward(spec: AttentionSpec, shape: Form, capability: int) -> Tile:
             return _FEW_ROWS
         full, tile = tile, _under_band(tile, spec, shape, capability)
         name, masks = burden
-        # What is left out does not spill: 16 rows, short bands without a burden.
+        # Left out: decoding's 16 rows, and short bands without a burden, which do not spill.
         if min(tile.block_m, few) > 16 and (tile == full or burden != ("plain", 1)):
             eased = EASED.get((family, spec.dtype.itemsize, width), {})
             tile = eased.get(name, (None, None, None))[masks] or tile
