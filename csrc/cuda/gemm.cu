@@ -4,7 +4,8 @@
 // A block of four warps computes a kBlock x kBlock tile of the product, each warp a quarter of it
 // in float accumulators (mma m16n8k16), from kStages tiles along k that are under way at a time:
 // one barrier for each 32 of k. The loop goes through all stages in one turn, so that every
-// shared address is a register and a constant. Gated products put blocks of eight rows of the two
+// shared address is a register and a constant. Tiles of 16 bits come by cp.async, floats through
+// registers, where they are rounded. Gated products put blocks of eight rows of the two
 // weight matrices side by side, so a tile holds z and u of the same elements.
 //
 // Where there are few tiles and k is long, k is cut into parts, a block each; their float sums are
@@ -44,18 +45,6 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
   ptx::mma_m16n8k8_tf32(d, a, b0, b1);
 }
 
-// Fragments as mma takes them.
-template <class T, int kCount>
-__device__ inline void round_fragments(uint32_t (&r)[kCount][4], T) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) r[i][e] = ptx::cvt_rna_tf32_f32(r[i][e]);
-    }
-  }
-}
-
 struct TilePlace {
   int m, n;
 };
@@ -69,8 +58,9 @@ __device__ inline TilePlace tile_place(const GemmParams& p) {
 
 template <class T, bool kOuterA, bool kOuterB, int kBlock>
 struct Gemm {
-  using LoadA = Loader<T, kOuterA, kBlock>;
-  using LoadB = Loader<T, kOuterB, kBlock>;
+  static constexpr bool kRounds = sizeof(T) == sizeof(float);
+  using LoadA = std::conditional_t<kRounds, RoundingLoader<kBlock>, Loader<T, kOuterA, kBlock>>;
+  using LoadB = std::conditional_t<kRounds, RoundingLoader<kBlock>, Loader<T, kOuterB, kBlock>>;
   using FragmentsA = Fragments<kOuterA, kBlock, true>;
   using FragmentsB = Fragments<kOuterB, kBlock, false>;
   static constexpr int kWarpTile = kBlock / 2;
@@ -92,8 +82,6 @@ struct Gemm {
         a_of.template load<i.value, step.value, kOffset>(a[i.value], offset);
         b_of.template load<i.value, step.value, kOffset>(b[i.value], offset);
       });
-      round_fragments(a, T{});
-      round_fragments(b, T{});
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
@@ -151,6 +139,55 @@ struct Gemm {
     }
     ptx::cp_async_wait_group<0>();
     __syncthreads();
+  }
+
+  // The same of floats: while a tile is multiplied, the next one, which has come to registers in
+  // the meantime, is rounded into its stage, and the one after it is under way.
+  __device__ void run_rounding(LoadA& load_a, LoadB& load_b, const FragmentsA& a_of,
+                               const FragmentsB& b_of, int k_size) {
+    constexpr int kAhead = 2;
+    const int blocks = (k_size + kBlockK - 1) / kBlockK, whole = k_size / kBlockK;
+    const auto fetch = [&](auto from, int block) {
+      if (block < whole) {
+        load_a.template fetch_ahead<from.value>();
+        load_b.template fetch_ahead<from.value>();
+      } else if (block < blocks) {
+        load_a.template fetch_part<from.value>(k_size - block * kBlockK);
+        load_b.template fetch_part<from.value>(k_size - block * kBlockK);
+      }
+    };
+    // Past the last tile it is an old one again, to a stage that nothing reads.
+    const auto put = [&](auto to, uint32_t offset) {
+      load_a.template put<to.value * kStageBytes>(offset);
+      load_b.template put<to.value * kStageBytes>(offset);
+    };
+    using std::integral_constant;
+    fetch(integral_constant<int, 0>{}, 0);
+    put(integral_constant<int, 0>{}, 0);
+    fetch(integral_constant<int, 1>{}, 1);
+    load_a.end_round(kAhead);
+    load_b.end_round(kAhead);
+    __syncthreads();
+    int block = 0;
+#pragma unroll 1
+    for (; block + kStages <= blocks; block += kStages) {
+      static_for<kStages>([&](auto stage) {
+        put(integral_constant<int, (stage.value + 1) % kStages>{}, 0);
+        fetch(stage, block + stage.value + kAhead);
+        multiply<stage.value * kStageBytes>(a_of, b_of, 0);
+        __syncthreads();
+      });
+      load_a.end_round(kStages);
+      load_b.end_round(kStages);
+    }
+    // Fewer than kStages are left: the third, if there is one, is not yet under way.
+#pragma unroll 1
+    for (uint32_t stage = 0; block < blocks; ++block, stage += kStageBytes) {
+      put(integral_constant<int, 1>{}, stage);
+      fetch(integral_constant<int, 0>{}, block + kAhead);
+      multiply<0>(a_of, b_of, stage);
+      __syncthreads();
+    }
   }
 
   __device__ void to_shared(bool gated, int row0, int col0) const {
@@ -229,7 +266,14 @@ __global__ void __launch_bounds__(kGemmThreads) gemm_kernel(const GemmParams p) 
   typename G::LoadA load_a(p.a, tile_a, row0, 1, k0);
   typename G::LoadB load_b(p.b, tile_b, col0, parts, k0);
   G product;
-  product.run(load_a, load_b, {tile_a, warp_row}, {tile_b, warp_col}, min(p.part_k, p.k - k0));
+  const typename G::FragmentsA a_of(tile_a, warp_row);
+  const typename G::FragmentsB b_of(tile_b, warp_col);
+  const int k_size = min(p.part_k, p.k - k0);
+  if constexpr (G::kRounds) {
+    product.run_rounding(load_a, load_b, a_of, b_of, k_size);
+  } else {
+    product.run(load_a, load_b, a_of, b_of, k_size);
+  }
   if (p.partial != nullptr) {
     const int columns = p.tiles_n * kBlock;
     product.store_floats(p.partial + blockIdx.y * p.m * columns, row0 + warp_row, p.m, columns,

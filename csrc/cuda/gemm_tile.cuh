@@ -134,6 +134,48 @@ struct Loader {
   }
 };
 
+// The same of floats for mma in TF32, which are rounded on their way into shared memory: once a
+// block, where fragments would be rounded once a warp. A tile waits in registers in between.
+template <int kBlock>
+struct RoundingLoader : Loader<float, false, kBlock> {
+  using Base = Loader<float, false, kBlock>;
+  using Base::Base;
+  static constexpr int kLoads = Base::T::kLoads;
+  uint32_t held[kLoads][4];
+
+  // As load_ahead and load_part, to the registers.
+  template <int kAhead>
+  __device__ void fetch_ahead() {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      ptx::ld_global_v4<kAhead * kLineBytes>(held[i], this->from[i]);
+    }
+  }
+
+  template <int kAhead>
+  __device__ void fetch_part(int left) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const uint64_t unit = this->from[i] + kAhead * kLineBytes;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        held[i][e] = this->own_k + e < left ? ptx::ld_global(unit + e * sizeof(float)) : 0;
+      }
+    }
+  }
+
+  // What they hold, to the stage kOffset + offset bytes after the first.
+  template <int kOffset>
+  __device__ void put(uint32_t offset) {
+    static_for<kLoads>([&](auto i) {
+      uint32_t rounded[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rounded[e] = ptx::cvt_rna_tf32_f32(held[i.value][e]);
+      ptx::st_shared_v4<kOffset + i.value * Base::kStep>(this->shared + offset, rounded);
+    });
+  }
+};
+
 // Where a lane's row of the ldmatrix is that gives fragments of 16 rows x 32 bytes of k: one
 // address for each offset that the swizzle makes other than a constant. kRowsFirst: the second of
 // the four 8x8 matrices is the next eight rows (operand A) or the next eight k (B).

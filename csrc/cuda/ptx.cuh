@@ -45,6 +45,28 @@ __device__ inline void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// 16 bytes, all of them there; the address is a multiple of 16.
+template <int kOffset = 0>
+__device__ inline void ld_global_v4(uint32_t (&r)[4], uint64_t global) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "l"(global), "n"(kOffset)
+               : "memory");
+}
+
+__device__ inline uint32_t ld_global(uint64_t global) {
+  uint32_t value;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(global) : "memory");
+  return value;
+}
+
+template <int kOffset = 0>
+__device__ inline void st_shared_v4(uint32_t shared, const uint32_t (&r)[4]) {
+  asm volatile("st.shared.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(shared), "n"(kOffset),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // Lanes 8i .. 8i + 7 give the addresses of the eight 16-byte rows of matrix i; lane l receives of
 // each matrix columns 2 (l % 4), +1 of row l / 4.
 template <int kOffset = 0>
