@@ -109,6 +109,16 @@ def emulated_triton():
         yield
 
 
+@pytest.fixture
+def emulated_cuda():
+    """For tests of the cuda kernels alone; gives the emulated device."""
+    with gpu("cuda") as device:
+        reason = cuda_ext.unavailable("cpu")
+        if reason:
+            pytest.skip(reason)
+        yield device
+
+
 def _gpu_lacks(request, name: str) -> str | None:
     """Why the test's op, or a dtype that it uses, is not for this GPU backend here."""
     lacking = (cuda_ext if name == "cuda" else _launch).unavailable("cpu")

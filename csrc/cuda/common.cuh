@@ -88,6 +88,50 @@ __device__ inline void round_to(float (&v)[kPack], T) {
 }
 __device__ inline void round_to(float (&)[kPack], float) {}
 
+// Eight elements as 16 or 32 bytes hold them.
+template <class T>
+struct Packed {
+  static constexpr int kWords = sizeof(T) * kPack / 16;
+  uint32_t word[kWords][4];
+
+  template <int kOffset>
+  __device__ void load_global(uint64_t from) {
+    static_for<kWords>(
+        [&](auto i) { ptx::ld_global_v4<kOffset + i.value * 16>(word[i.value], from); });
+  }
+  template <int kOffset>
+  __device__ void load_shared(uint32_t from) {
+    static_for<kWords>(
+        [&](auto i) { ptx::ld_shared_v4<kOffset + i.value * 16>(word[i.value], from); });
+  }
+  template <int kOffset>
+  __device__ void store_global(uint64_t to) const {
+    static_for<kWords>(
+        [&](auto i) { ptx::st_global_v4<kOffset + i.value * 16>(to, word[i.value]); });
+  }
+
+  __device__ void unpack(float (&v)[kPack]) const {
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        v[i] = __uint_as_float(word[i / 4][i % 4]);
+      } else {
+        v[i] = i % 2 == 0 ? low_half(word[0][i / 2], T{}) : high_half(word[0][i / 2], T{});
+      }
+    }
+  }
+  __device__ void pack(const float (&v)[kPack]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kWords; ++i) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        word[i / 4][i % 4] = __float_as_uint(v[i]);
+      } else {
+        word[0][i] = pack_pair(v[2 * i], v[2 * i + 1], T{});
+      }
+    }
+  }
+};
+
 template <class T>
 __device__ inline void load_vector(const T* from, float (&v)[kPack]) {
   const uint4 raw = *reinterpret_cast<const uint4*>(from);

@@ -7,9 +7,8 @@
 // registers. Rows longer than kMaxRowCols are read again for each pass by a block of kLoopThreads
 // (the *_loop kernels).
 //
-// Exact kernels (kExact 3 or 4: that many packs in each of whole warps, all accesses 16 bytes) test
-// nothing in the loop; model widths are of that kind: 768, 1024, 1536, 2048, 3072, 4096, 5120,
-// 8192.
+// Exact kernels (norm_exact.cuh) are for widths of which each thread has 3 or 4 packs: 768, 1024,
+// 1536, 2048, 3072, 4096, 5120, 8192.
 #pragma once
 
 #include "common.cuh"
@@ -24,6 +23,7 @@ constexpr int kMaxRowThreads = 256;
 constexpr int kMaxRowCols = kMaxRowThreads * kRowPacks * kPack;
 constexpr int kLoopThreads = 256;
 constexpr int kReduceSlots = kMaxRowThreads / kWarp;
+constexpr int kReduceBytes = 2 * kReduceSlots * sizeof(float);
 
 struct RowPlan {
   int lanes;           // threads a row
@@ -48,16 +48,6 @@ inline RowPlan row_plan(int64_t cols, int rows_per_group) {
   return {lanes, lanes > kWarp ? lanes : kRowThreads, rows_per_group, exact};
 }
 
-// f(integral_constant<int, kExact>). T: exact kernels exist where x and y have one type.
-template <class X, class T, class F>
-void dispatch_exact(const RowPlan& plan, bool vector, F&& f) {
-  if constexpr (std::is_same_v<X, T>) {
-    if (vector && plan.exact == 4) return f(std::integral_constant<int, 4>{});
-    if (vector && plan.exact == 3) return f(std::integral_constant<int, 3>{});
-  }
-  f(std::integral_constant<int, 0>{});
-}
-
 // Sums over the group's threads, the same value in each, in an order that depends on `lanes` alone.
 // A block's warps meet in shared memory; successive sums take turns between two sets of slots, so
 // one barrier a sum is enough.
@@ -74,12 +64,15 @@ struct GroupSum {
   }
 
   __device__ float operator()(float v) {
-    if (lanes >= kWarp) {
-      v = warp_sum(v);
-    } else {
-      for (int step = lanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
-    }
-    if (lanes <= kWarp) return v;
+    if (lanes >= kWarp) return of_warps(v);
+    for (int step = lanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+    return v;
+  }
+
+  // Where `lanes` are whole warps.
+  __device__ float of_warps(float v) {
+    v = warp_sum(v);
+    if (lanes == kWarp) return v;
     float* mine = slots + turn;
     turn ^= kReduceSlots;
     if (threadIdx.x % kWarp == 0) mine[threadIdx.x / kWarp] = v;
@@ -101,6 +94,17 @@ __device__ inline RowPlace row_place(int lanes) {
   const int shift = __ffs(lanes) - 1;  // lanes is a power of two
   return {static_cast<int>(threadIdx.x) & (lanes - 1),
           static_cast<int64_t>(blockIdx.x) * (kRowThreads >> shift) + (threadIdx.x >> shift)};
+}
+
+__device__ inline float sum_of(const float (&v)[kPack]) {
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+__device__ inline float dot_of(const float (&a)[kPack], const float (&b)[kPack]) {
+  float sum = a[0] * b[0];
+#pragma unroll
+  for (int i = 1; i < kPack; ++i) sum += a[i] * b[i];
+  return sum;
 }
 
 // What the device needs of NormShape.

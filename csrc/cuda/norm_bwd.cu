@@ -10,7 +10,7 @@
 #include "columns.cuh"
 #include "kernels.h"
 #include "launch.cuh"
-#include "norm.cuh"
+#include "norm_exact.cuh"
 
 namespace llmkern {
 namespace {
@@ -30,15 +30,15 @@ struct BwdParams {
   int lanes, rows_per_group;
 };
 
-template <class T, bool kWhole>
+template <class T>
 __device__ inline void load_xhat_dy(const BwdParams& p, int64_t row, int col, float mean,
                                     float rstd, float (&xhat)[kPack], float (&dy)[kPack]) {
   const NormScalars& s = p.s;
-  load_pack(static_cast<const T*>(p.z) + row * p.z_stride, col, s.cols, kWhole || s.vector, xhat);
-  load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride, col, s.cols, kWhole || s.vector, dy);
+  load_pack(static_cast<const T*>(p.z) + row * p.z_stride, col, s.cols, s.vector, xhat);
+  load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride, col, s.cols, s.vector, dy);
 #pragma unroll
   for (int i = 0; i < kPack; ++i) xhat[i] = (xhat[i] - mean) * rstd;
-  if (!kWhole) clear_missing(xhat, col, s);
+  clear_missing(xhat, col, s);
 }
 
 struct Means {
@@ -72,7 +72,8 @@ __device__ inline void store_gradient(const BwdParams& p, int64_t row, int col, 
 // warp, then from warp to warp through shared memory, from which all threads write the row 16
 // bytes each. Half h of pack c of slot l is float4 (2c + h) * (width + 4) + l: a warp's writes are
 // contiguous, and its reads, in the order of the row, take halves from banks 64 bytes apart.
-template <int kPacks>
+// kExact: columns are those of exact kernels.
+template <bool kExact, int kPacks>
 __device__ inline void store_sums(int lanes, int cols, float* row, float (&v)[kPacks][kPack]) {
   if (lanes < kWarp) {
 #pragma unroll
@@ -107,8 +108,10 @@ __device__ inline void store_sums(int lanes, int cols, float* row, float (&v)[kP
   __syncthreads();
   const bool vector = cols % 4 == 0;
   for (int q = threadIdx.x; q * 4 < cols; q += blockDim.x) {
-    const int pack = q / 2, c = pack / lanes;
-    const float4 sum = carry[(2 * c + q % 2) * (width + 4) + pack % lanes];
+    const int pack = q / 2, warps = pack / kWarp;
+    const int c = kExact ? warps % kPacks : pack / lanes;
+    const int holder = kExact ? warps / kPacks * kWarp + pack % kWarp : pack % lanes;
+    const float4 sum = carry[(2 * c + q % 2) * (width + 4) + holder];
     if (vector) {
       reinterpret_cast<float4*>(row)[q] = sum;
       continue;
@@ -118,36 +121,30 @@ __device__ inline void store_sums(int lanes, int cols, float* row, float (&v)[kP
   }
 }
 
-template <class X, class T, int kExact>
+template <class X, class T>
 __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_kernel(const BwdParams p) {
-  constexpr int kPacks = kExact > 0 ? kExact : kRowPacks;
   const NormScalars& s = p.s;
-  const bool vector = kExact > 0 || s.vector;
   const RowPlace place = row_place(p.lanes);
   const int lane = place.lane;
   GroupSum total(shared_bytes, p.lanes);
-  float w[kPacks][kPack], dw[kPacks][kPack] = {}, db[kPacks][kPack] = {};
+  float w[kRowPacks][kPack], dw[kRowPacks][kPack] = {}, db[kRowPacks][kPack] = {};
 #pragma unroll
-  for (int c = 0; c < kPacks; ++c) {
+  for (int c = 0; c < kRowPacks; ++c) {
     const int col = (c * p.lanes + lane) * kPack;
-    if (kExact > 0 || col < s.cols) load_scale(s, p.weight, col, w[c]);
+    if (col < s.cols) load_scale(s, p.weight, col, w[c]);
   }
   for (int r = 0; r < p.rows_per_group; ++r) {
     const int64_t row = place.group * p.rows_per_group + r;
     const bool active = row < s.rows;  // others still take part in the sums
-    if (kExact > 0 && !active) break;
-    const auto here = [&](int c) {
-      return kExact > 0 || (active && (c * p.lanes + lane) * kPack < s.cols);
-    };
+    const auto here = [&](int c) { return active && (c * p.lanes + lane) * kPack < s.cols; };
     const float mean = active && !s.rms ? p.mean[row] : 0.0f;
     const float rstd = active ? p.rstd[row] : 0.0f;
-    float xhat[kPacks][kPack], g[kPacks][kPack];
+    float xhat[kRowPacks][kPack], g[kRowPacks][kPack];
     float sum_gx = 0.0f, sum_g = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kPacks; ++c) {
+    for (int c = 0; c < kRowPacks; ++c) {
       if (!here(c)) continue;
-      load_xhat_dy<T, (kExact > 0)>(p, row, (c * p.lanes + lane) * kPack, mean, rstd, xhat[c],
-                                    g[c]);
+      load_xhat_dy<T>(p, row, (c * p.lanes + lane) * kPack, mean, rstd, xhat[c], g[c]);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
         dw[c][i] += g[c][i] * xhat[c][i];
@@ -160,15 +157,90 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_kernel(const BwdParam
     if (p.dx == nullptr) continue;
     const Means means{total(sum_gx) * s.inv_cols, s.rms ? 0.0f : total(sum_g) * s.inv_cols};
 #pragma unroll
-    for (int c = 0; c < kPacks; ++c) {
+    for (int c = 0; c < kRowPacks; ++c) {
       if (!here(c)) continue;
-      store_gradient<X, T>(p, row, (c * p.lanes + lane) * kPack, vector, rstd, means, xhat[c],
+      store_gradient<X, T>(p, row, (c * p.lanes + lane) * kPack, s.vector, rstd, means, xhat[c],
                            g[c]);
     }
   }
   float* partial = p.partial + static_cast<int64_t>(blockIdx.x) * 2 * s.cols;
-  if (p.sums[0]) store_sums<kPacks>(p.lanes, s.cols, partial, dw);
-  if (p.sums[1]) store_sums<kPacks>(p.lanes, s.cols, partial + s.cols, db);
+  if (p.sums[0]) store_sums<false>(p.lanes, s.cols, partial, dw);
+  if (p.sums[1]) store_sums<false>(p.lanes, s.cols, partial + s.cols, db);
+}
+
+// Rows z and dy become xhat and g = dy w, and are added to the weights' sums that are wanted. Gives
+// the means of g xhat and of g.
+template <int kPacks>
+__device__ inline Means sum_row(const BwdParams& p, GroupSum& total, float mean, float rstd,
+                                const float (&w)[kPacks][kPack], float (&xhat)[kPacks][kPack],
+                                float (&g)[kPacks][kPack], float (&dw)[kPacks][kPack],
+                                float (&db)[kPacks][kPack]) {
+  const NormScalars& s = p.s;
+  if (!s.rms) for_each(xhat, [&](float& v, int, int) { v -= mean; });
+  for_each(xhat, [&](float& v, int, int) { v *= rstd; });
+  if (p.sums[0]) for_each(dw, [&](float& v, int c, int i) { v += g[c][i] * xhat[c][i]; });
+  if (p.sums[1]) for_each(db, [&](float& v, int c, int i) { v += g[c][i]; });
+  if (p.dx == nullptr) return {};
+  for_each(g, [&](float& v, int c, int i) { v *= w[c][i]; });
+  float gx = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kPacks; ++c) gx += dot_of(g[c], xhat[c]);
+  const float mean_gx = total.of_warps(gx) * s.inv_cols;
+  if (s.rms) return {mean_gx, 0.0f};
+  float sum = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kPacks; ++c) sum += sum_of(g[c]);
+  return {mean_gx, total.of_warps(sum) * s.inv_cols};
+}
+
+// The next row is on its way while one is computed, where that is of 16 bits: there are no
+// registers for floats.
+template <class T, int kPacks>
+__global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_exact_kernel(const BwdParams p) {
+  constexpr bool kAhead = sizeof(T) == 2;
+  constexpr int64_t kSize = sizeof(T);
+  const NormScalars& s = p.s;
+  const RowPlace place = row_place(p.lanes);
+  const int first = exact_column<kPacks>(place.lane);
+  GroupSum total(shared_bytes, p.lanes);
+  float w[1][kPacks][kPack], dw[kPacks][kPack] = {}, db[kPacks][kPack] = {};
+  load_vectors<T>(s, {p.weight}, p.lanes, first, w);
+  int64_t row = place.group * p.rows_per_group;
+  const int64_t end = min(row + p.rows_per_group, s.rows);
+  uint64_t z_from = ptx::global_address(p.z) + (row * p.z_stride + first) * kSize;
+  uint64_t dy_from = ptx::global_address(p.dy) + (row * p.dy_stride + first) * kSize;
+  ExactPacks<T, kPacks> z, dy;
+  float next_mean = 0.0f, next_rstd = 0.0f;
+  const auto load = [&](int64_t of) {
+    z.load_global(z_from);
+    dy.load_global(dy_from);
+    if (!s.rms) next_mean = p.mean[of];
+    next_rstd = p.rstd[of];
+    z_from += p.z_stride * kSize;
+    dy_from += p.dy_stride * kSize;
+  };
+  if (kAhead && row < end) load(row);
+  for (; row < end; ++row) {
+    if (!kAhead) load(row);
+    float xhat[kPacks][kPack], g[kPacks][kPack];
+    z.unpack(xhat);
+    dy.unpack(g);
+    const float mean = next_mean, rstd = next_rstd;
+    if (kAhead && row + 1 < end) load(row + 1);
+    const Means means = sum_row(p, total, mean, rstd, w[0], xhat, g, dw, db);
+    if (p.dx == nullptr) continue;
+    const float slope = -means.gx * rstd;
+    if (!s.rms) for_each(g, [&](float& v, int, int) { v -= means.g; });
+    for_each(g, [&](float& v, int c, int i) { v = fmaf(xhat[c][i], slope, v * rstd); });
+    const int64_t at = row * s.cols + first;
+    add_packs<T>(p.dz, at, g);
+    store_packs<T>(p.dresidual, at, g);
+    drop_packs(s.dropout, at, g);
+    store_packs<T>(p.dx, at, g);
+  }
+  float* partial = p.partial + static_cast<int64_t>(blockIdx.x) * 2 * s.cols;
+  if (p.sums[0]) store_sums<true>(p.lanes, s.cols, partial, dw);
+  if (p.sums[1]) store_sums<true>(p.lanes, s.cols, partial + s.cols, db);
 }
 
 // One block a row, two passes over it; for the input gradient alone.
@@ -182,7 +254,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_loop_kernel(const BwdPa
   float xhat[kPack], dy[kPack], w[kPack];
   float gx = 0.0f, g = 0.0f;
   for (int col = first; col < s.cols; col += step) {
-    load_xhat_dy<T, false>(p, row, col, mean, rstd, xhat, dy);
+    load_xhat_dy<T>(p, row, col, mean, rstd, xhat, dy);
     load_scale(s, p.weight, col, w);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
@@ -193,7 +265,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_loop_kernel(const BwdPa
   }
   const Means means{total(gx) * s.inv_cols, s.rms ? 0.0f : total(g) * s.inv_cols};
   for (int col = first; col < s.cols; col += step) {
-    load_xhat_dy<T, false>(p, row, col, mean, rstd, xhat, dy);
+    load_xhat_dy<T>(p, row, col, mean, rstd, xhat, dy);
     load_scale(s, p.weight, col, w);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) dy[i] *= w[i];
@@ -212,7 +284,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_columns_kernel(const Bw
     const int64_t row = static_cast<int64_t>(blockIdx.x) * p.rows_per_group + r;
     if (row >= s.rows) break;
     float xhat[kPack], dy[kPack];
-    load_xhat_dy<T, false>(p, row, col, s.rms ? 0.0f : p.mean[row], p.rstd[row], xhat, dy);
+    load_xhat_dy<T>(p, row, col, s.rms ? 0.0f : p.mean[row], p.rstd[row], xhat, dy);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
       dw[i] += dy[i] * xhat[i];
@@ -269,8 +341,8 @@ BwdParams bwd_params(const NormBwdArgs& a, const BwdPlan& plan) {
           plan.row.rows_per_group};
 }
 
-size_t bwd_shared_bytes(const RowPlan& row) {
-  const size_t reduce = 2 * kReduceSlots * sizeof(float);
+size_t bwd_shared_bytes(const RowPlan& row, size_t staged) {
+  const size_t reduce = kReduceBytes + staged;
   const size_t width = row.lanes > kWarp ? row.lanes : kWarp;
   const size_t carry = (width + 4) * kRowPacks * kPack * sizeof(float);
   return carry > reduce ? carry : reduce;
@@ -282,7 +354,7 @@ void long_rows(const NormBwdArgs& a, const BwdPlan& plan, const Place& place) {
   if (a.dx != nullptr) {
     dispatch_norm(s, [&](auto x, auto t) {
       launch("norm_bwd_loop", norm_bwd_loop_kernel<decltype(x), decltype(t)>, dim3(s.rows),
-             kLoopThreads, 2 * kReduceSlots * sizeof(float), place, params);
+             kLoopThreads, kReduceBytes, place, params);
     });
   }
   if (params.partial != nullptr) {
@@ -308,11 +380,19 @@ void norm_bwd(const NormBwdArgs& a, const Place& place) {
     long_rows(a, plan, place);
   } else if (s.rows > 0) {
     dispatch_norm(s, [&](auto x, auto t) {
+      using X = decltype(x);
+      using T = decltype(t);
       const BwdParams params = bwd_params(a, plan);
-      dispatch_exact<decltype(x), decltype(t)>(plan.row, params.s.vector, [&](auto exact) {
-        launch("norm_bwd", norm_bwd_kernel<decltype(x), decltype(t), exact.value>,
-               dim3(plan.blocks), plan.row.threads, bwd_shared_bytes(plan.row), place, params);
+      const dim3 grid(plan.blocks);
+      const int threads = plan.row.threads;
+      const size_t shared = bwd_shared_bytes(plan.row, staged_bytes(s, plan.row.lanes, 1));
+      const bool exact = dispatch_exact<X, T>(s, plan.row, params.s.vector, [&](auto packs) {
+        launch("norm_bwd", norm_bwd_exact_kernel<T, packs.value>, grid, threads, shared, place,
+               params);
       });
+      if (exact) return;
+      launch("norm_bwd", norm_bwd_kernel<X, T>, grid, threads, bwd_shared_bytes(plan.row, 0), place,
+             params);
     });
   }
   void* outputs[2] = {a.dweight, a.dbias};

@@ -1,10 +1,11 @@
 // LayerNorm and RMSNorm forward; formulas: llmkern/norm.h, layout: norm.cuh.
 //
 // norm_fwd: the row stays in registers, so the variance is that of the centred values at no further
-// read. Bytes moved: x, residual, z, y once; weight and bias once a group.
+// read. Bytes moved: x, residual, z, y once; weight and bias once a group, exact kernels: once a
+// block.
 #include "kernels.h"
 #include "launch.cuh"
-#include "norm.cuh"
+#include "norm_exact.cuh"
 
 namespace llmkern {
 namespace {
@@ -37,21 +38,15 @@ __device__ inline void load_z(const FwdParams& p, int64_t row, int col, float (&
   }
 }
 
-// z becomes z - mean; gives the sum of its squares. Columns that do not exist become 0; kWhole:
-// there are none.
-template <bool kWhole>
+// z becomes z - mean; gives the sum of its squares. Columns that do not exist become 0.
 __device__ inline float centre(float (&z)[kPack], float mean, int col, const NormScalars& s) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPack; ++i) z[i] -= mean;
-  if (!kWhole) clear_missing(z, col, s);
+  clear_missing(z, col, s);
 #pragma unroll
   for (int i = 0; i < kPack; ++i) sum += z[i] * z[i];
   return sum;
-}
-
-__device__ inline float sum_of(const float (&z)[kPack]) {
-  return ((z[0] + z[1]) + (z[2] + z[3])) + ((z[4] + z[5]) + (z[6] + z[7]));
 }
 
 template <class T>
@@ -79,77 +74,124 @@ __device__ inline void load_affine(const FwdParams& p, int col, float (&w)[kPack
 
 // A lane's packs of z of one row, kept where it is wanted; gives their sum (0 for rms). here(c):
 // whether the lane has pack c of this row.
-template <class X, class T, int kPacks, bool kVector, class Here>
+template <class X, class T, class Here>
 __device__ inline float load_row(const FwdParams& p, int64_t row, int lane, Here&& here,
-                                 float (&z)[kPacks][kPack]) {
+                                 float (&z)[kRowPacks][kPack]) {
   const NormScalars& s = p.s;
-  const bool vector = kVector || s.vector;
   const auto each = [&](auto&& f) {
 #pragma unroll
-    for (int c = 0; c < kPacks; ++c) {
+    for (int c = 0; c < kRowPacks; ++c) {
       if (here(c)) f((c * p.lanes + lane) * kPack, z[c]);
     }
   };
-  const X* x = static_cast<const X*>(p.x) + row * p.x_stride;
-  each([&](int col, float(&v)[kPack]) { load_pack(x, col, s.cols, vector, v); });
-  if (s.dropout.threshold != 0) {
-    each([&](int col, float(&v)[kPack]) { drop_pack(s.dropout, row * s.cols + col, v); });
-  }
-  if (p.residual != nullptr) {
-    const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
-    each([&](int col, float(&v)[kPack]) {
-      float r[kPack];
-      load_pack(residual, col, s.cols, vector, r);
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) v[i] += r[i];
-      round_to(v, T{});
-    });
-  }
+  each([&](int col, float(&v)[kPack]) { load_z<X, T>(p, row, col, v); });
   if (p.z != nullptr) {
     T* kept = static_cast<T*>(p.z) + row * s.cols;
-    each([&](int col, float(&v)[kPack]) { store_pack(kept, col, s.cols, vector, v); });
+    each([&](int col, float(&v)[kPack]) { store_pack(kept, col, s.cols, s.vector, v); });
   }
   float sum = 0.0f;
   if (!s.rms) each([&](int, float(&v)[kPack]) { sum += sum_of(v); });
   return sum;
 }
 
-template <class X, class T, int kExact>
+template <class X, class T>
 __global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_kernel(const FwdParams p) {
-  constexpr int kPacks = kExact > 0 ? kExact : kRowPacks;
   const NormScalars& s = p.s;
   const RowPlace place = row_place(p.lanes);
   const int lane = place.lane;
   GroupSum total(shared_bytes, p.lanes);
-  float w[kPacks][kPack], b[kPacks][kPack];
+  float w[kRowPacks][kPack], b[kRowPacks][kPack];
 #pragma unroll
-  for (int c = 0; c < kPacks; ++c) {
+  for (int c = 0; c < kRowPacks; ++c) {
     const int col = (c * p.lanes + lane) * kPack;
-    if (kExact > 0 || col < s.cols) load_affine(p, col, w[c], b[c]);
+    if (col < s.cols) load_affine(p, col, w[c], b[c]);
   }
   for (int r = 0; r < p.rows_per_group; ++r) {
     const int64_t row = place.group * p.rows_per_group + r;
     const bool active = row < s.rows;  // others still take part in the sums
-    if (kExact > 0 && !active) return;
-    const auto here = [&](int c) {
-      return kExact > 0 || (active && (c * p.lanes + lane) * kPack < s.cols);
-    };
-    float z[kPacks][kPack];
-    const float sum = load_row<X, T, kPacks, (kExact > 0)>(p, row, lane, here, z);
+    const auto here = [&](int c) { return active && (c * p.lanes + lane) * kPack < s.cols; };
+    float z[kRowPacks][kPack];
+    const float sum = load_row<X, T>(p, row, lane, here, z);
     const float mean = s.rms ? 0.0f : total(sum) * s.inv_cols;
     float square = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kPacks; ++c) {
-      if (here(c)) square += centre<(kExact > 0)>(z[c], mean, (c * p.lanes + lane) * kPack, s);
+    for (int c = 0; c < kRowPacks; ++c) {
+      if (here(c)) square += centre(z[c], mean, (c * p.lanes + lane) * kPack, s);
     }
     const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
     if (active && lane == 0) store_statistics(p, row, mean, rstd);
 #pragma unroll
-    for (int c = 0; c < kPacks; ++c) {
-      if (!here(c)) continue;
-      store_y<T>(p, row, (c * p.lanes + lane) * kPack, kExact > 0 || s.vector, z[c], rstd, w[c],
-                 b[c]);
+    for (int c = 0; c < kRowPacks; ++c) {
+      if (here(c))
+        store_y<T>(p, row, (c * p.lanes + lane) * kPack, s.vector, z[c], rstd, w[c], b[c]);
     }
+  }
+}
+
+// z of a row whose x it holds: dropout, residual, and z where it is wanted.
+template <class T, int kPacks>
+__device__ inline void finish_z(const FwdParams& p, int64_t row, int first,
+                                float (&z)[kPacks][kPack]) {
+  const int64_t at = row * p.s.cols + first;
+  drop_packs(p.s.dropout, at, z);
+  if (p.residual != nullptr) {
+    add_packs<T>(p.residual, row * p.residual_stride + first, z);
+#pragma unroll
+    for (int c = 0; c < kPacks; ++c) round_to(z[c], T{});
+  }
+  store_packs<T>(p.z, at, z);
+}
+
+// z becomes z - mean, which it gives; 0 for rms.
+template <int kPacks>
+__device__ inline float centre_row(float (&z)[kPacks][kPack], const NormScalars& s,
+                                   GroupSum& total) {
+  if (s.rms) return 0.0f;
+  float sum = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kPacks; ++c) sum += sum_of(z[c]);
+  const float mean = total.of_warps(sum) * s.inv_cols;
+  for_each(z, [&](float& v, int, int) { v -= mean; });
+  return mean;
+}
+
+// The next row is on its way while one is computed.
+template <class T, int kPacks>
+__global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_exact_kernel(const FwdParams p) {
+  const NormScalars& s = p.s;
+  const RowPlace place = row_place(p.lanes);
+  const int first = exact_column<kPacks>(place.lane);
+  GroupSum total(shared_bytes, p.lanes);
+  float affine[2][kPacks][kPack];
+  load_vectors<T>(s, {p.weight, p.bias}, p.lanes, first, affine);
+  int64_t row = place.group * p.rows_per_group;
+  const int64_t end = min(row + p.rows_per_group, s.rows);
+  if (row >= end) return;
+  constexpr int64_t kSize = sizeof(T);
+  const int64_t x_step = p.x_stride * kSize, y_step = s.cols * kSize;
+  uint64_t x = ptx::global_address(p.x) + row * x_step + first * kSize;
+  uint64_t y = ptx::global_address(p.y) + row * y_step + first * kSize;
+  ExactPacks<T, kPacks> raw;
+  raw.load_global(x);
+  while (true) {
+    float z[kPacks][kPack];
+    raw.unpack(z);
+    const bool last = row + 1 == end;
+    if (!last) raw.load_global(x += x_step);
+    finish_z<T>(p, row, first, z);
+    const float mean = centre_row(z, s, total);
+    float square = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kPacks; ++c) square += dot_of(z[c], z[c]);
+    const float rstd = rsqrtf(total.of_warps(square) * s.inv_cols + s.eps);
+    if (place.lane == 0) store_statistics(p, row, mean, rstd);
+    for_each(z, [&](float& v, int c, int i) { v = v * rstd * affine[0][c][i] + affine[1][c][i]; });
+    ExactPacks<T, kPacks> packed;
+    packed.pack(z);
+    packed.store_global(y);
+    if (last) return;
+    ++row;
+    y += y_step;
   }
 }
 
@@ -172,7 +214,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
   }
   for (int col = first; col < s.cols; col += step) {
     load_z<X, T>(p, row, col, z);
-    square += centre<false>(z, mean, col, s);
+    square += centre(z, mean, col, s);
   }
   const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
   if (threadIdx.x == 0) store_statistics(p, row, mean, rstd);
@@ -181,15 +223,20 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
     load_z<X, T>(p, row, col, z);
     if (p.z != nullptr) store_pack(static_cast<T*>(p.z) + row * s.cols, col, s.cols, s.vector, z);
     load_affine(p, col, w, b);
-    centre<false>(z, mean, col, s);
+    centre(z, mean, col, s);
     store_y<T>(p, row, col, s.vector, z, rstd, w, b);
   }
 }
 
-// Weights are read once a group: more rows a group save bytes, once there are groups for a large
-// card (4 warps on each of 128 multiprocessors).
-int fwd_rows_per_group(int64_t rows) {
-  return rows >= 16384 ? 16 : rows >= 8192 ? 8 : rows >= 2048 ? 4 : 1;
+// Weights are read once a group: more rows a group save bytes, once there are warps for a large
+// card (4 on each of 128 multiprocessors).
+int fwd_rows_per_group(int64_t rows, int64_t warps_a_row) {
+  constexpr int64_t kEnough = 512;
+  int rows_per_group = 1;
+  while (rows_per_group < 16 && rows * warps_a_row >= 2 * rows_per_group * kEnough) {
+    rows_per_group *= 2;
+  }
+  return rows_per_group;
 }
 
 FwdParams fwd_params(const NormFwdArgs& a, const RowPlan& plan) {
@@ -218,22 +265,25 @@ FwdParams fwd_params(const NormFwdArgs& a, const RowPlan& plan) {
 void norm_fwd(const NormFwdArgs& a, const Place& place) {
   const NormShape& s = a.shape;
   if (s.rows == 0 || s.cols == 0) return;
-  const RowPlan plan = row_plan(s.cols, fwd_rows_per_group(s.rows));
-  const size_t shared = 2 * kReduceSlots * sizeof(float);
+  RowPlan plan = row_plan(s.cols, 1);
+  plan.rows_per_group = fwd_rows_per_group(s.rows, ceil_div(plan.lanes, kWarp));
   dispatch_norm(s, [&](auto x, auto t) {
     using X = decltype(x);
     using T = decltype(t);
     if (s.cols > kMaxRowCols) {
-      launch("norm_fwd_loop", norm_fwd_loop_kernel<X, T>, dim3(s.rows), kLoopThreads, shared, place,
-             fwd_params(a, plan));
+      launch("norm_fwd_loop", norm_fwd_loop_kernel<X, T>, dim3(s.rows), kLoopThreads, kReduceBytes,
+             place, fwd_params(a, plan));
       return;
     }
     const FwdParams params = fwd_params(a, plan);
     const dim3 grid(ceil_div(s.rows, plan.threads / plan.lanes * plan.rows_per_group));
-    dispatch_exact<X, T>(plan, params.s.vector, [&](auto exact) {
-      launch("norm_fwd", norm_fwd_kernel<X, T, exact.value>, grid, plan.threads, shared, place,
-             params);
+    const size_t staged = staged_bytes(s, plan.lanes, 2);
+    const bool exact = dispatch_exact<X, T>(s, plan, params.s.vector, [&](auto packs) {
+      launch("norm_fwd", norm_fwd_exact_kernel<T, packs.value>, grid, plan.threads,
+             kReduceBytes + staged, place, params);
     });
+    if (exact) return;
+    launch("norm_fwd", norm_fwd_kernel<X, T>, grid, plan.threads, kReduceBytes, place, params);
   });
 }
 

@@ -54,10 +54,29 @@ __device__ inline void ld_global_v4(uint32_t (&r)[4], uint64_t global) {
                : "memory");
 }
 
+template <int kOffset = 0>
+__device__ inline void st_global_v4(uint64_t global, const uint32_t (&r)[4]) {
+  asm volatile("st.global.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(global), "n"(kOffset),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+__device__ inline void st_global(uint64_t global, float value) {
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(global), "f"(value) : "memory");
+}
+
 __device__ inline uint32_t ld_global(uint64_t global) {
   uint32_t value;
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(global) : "memory");
   return value;
+}
+
+template <int kOffset = 0>
+__device__ inline void ld_shared_v4(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared), "n"(kOffset)
+               : "memory");
 }
 
 template <int kOffset = 0>

@@ -1,0 +1,87 @@
+"""The cuda norms beyond test_norm.py: the widths that have kernels of their own."""
+
+import pytest
+import torch
+from rule import check_rule, gradients, leaves
+from torch.nn import functional
+
+from llmkern import random, use_backend
+from llmkern.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda")
+# Groups of 1, 2, 3, 4 and 8 warps with 3 or 4 packs of eight columns a thread; 1280 has neither.
+COLUMNS = [768, 1024, 1280, 1536, 2048, 2304, 4096, 8192]
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("cols", COLUMNS)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+def test_norm_of_exact_widths_matches_fp64(kind, cols, dtype, weight_dtype):
+    rows = 9  # groups that are not full, and one without a row
+    weight, bias = (torch.randn(cols).to(weight_dtype) for _ in range(2))
+    x = torch.full((rows, cols + 8), float("nan"), dtype=dtype)  # between rows
+    x[:, :cols] = torch.randn(rows, cols) + 3.0
+    tensors = [x, weight, bias]
+    used = slice(None) if kind == "layer" else slice(0, -1)
+
+    def ours(x, w, b):
+        x = x[:, :cols]
+        return layer_norm(x, cols, w, b) if kind == "layer" else rms_norm(x, cols, w, 1e-5)
+
+    def theirs(x, w, b):
+        x, w, b = x[:, :cols], w.to(x.dtype), b.to(x.dtype)
+        if kind == "layer":
+            return functional.layer_norm(x, (cols,), w, b)
+        return functional.rms_norm(x, (cols,), w, 1e-5)
+
+    results = []
+    for function, exact in ((ours, False), (theirs, False), (theirs, True)):
+        inputs = leaves(tensors, torch.float64) if exact else leaves(tensors)
+        with use_backend("cuda"):
+            y = function(*inputs)
+            results.append([y, *gradients((y,), inputs[used])])
+    for name, got, torchs, exact in zip(("y", "dx", "dw", "db"), *results, strict=False):
+        check_rule(f"{kind} {name}", got, torchs, exact)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize(("rows", "cols"), [(700, 768), (5, 1024), (6, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_add_norm_of_exact_widths_matches_fp64(kind, rows, cols, dtype):
+    p = 0.3
+    tensors = [torch.randn(shape).to(dtype) for shape in ((rows, cols),) * 2 + (cols, cols)]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    seed = random.draw_seed(torch.device("cpu"))
+    factor = random.flat_keep_mask(seed, (rows, cols), p).double() * random.scale(p)
+
+    def ours(x, residual, weight, bias):
+        torch.set_rng_state(state)
+        if kind == "layer":
+            return add_layer_norm(x, residual, cols, weight, bias, dropout_p=p, prenorm=True)
+        return add_rms_norm(x, residual, cols, weight, 1e-5, dropout_p=p, prenorm=True)
+
+    def theirs(x, residual, weight, bias):
+        z = x * factor.to(x.dtype) + residual
+        if kind == "layer":
+            return functional.layer_norm(z, (cols,), weight, bias), z
+        return functional.rms_norm(z, (cols,), weight, 1e-5), z
+
+    used = slice(None) if kind == "layer" else slice(0, -1)
+    results = []
+    for function, dtype_of in ((ours, dtype), (theirs, dtype), (theirs, torch.float64)):
+        inputs = leaves(tensors, dtype_of)
+        with use_backend("cuda"):
+            outputs = function(*inputs)
+            results.append([*outputs, *gradients(outputs, inputs[used])])
+    for index, (got, torchs, exact) in enumerate(zip(*results, strict=True)):
+        check_rule(f"{kind} {index}", got, torchs, exact)
