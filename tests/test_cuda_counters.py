@@ -38,17 +38,23 @@ def _run(function, *inputs, **options):
     y.backward(torch.randn_like(y))
 
 
-def test_norm_accesses_are_coalesced_and_free_of_conflicts(device):
-    x, weight, bias = torch.randn(64, 1024), torch.randn(1024), torch.randn(1024)
-    _run(lambda x, w, b, **o: functional.layer_norm(x, (1024,), w, b, **o),
-         *(t.to(BF16) for t in (x, weight, bias)))  # fmt: skip
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("cols", [64, 1024, 1280, 16384])  # a part of a warp, exact, padded, long
+def test_norm_accesses_are_coalesced_and_free_of_conflicts(device, dtype, cols):
+    x, residual = torch.randn(64, cols).to(dtype), torch.randn(64, cols).to(dtype)
+    weight, bias = torch.randn(cols).to(dtype), torch.randn(cols).to(dtype)
+    _run(lambda x, w, b, **o: functional.layer_norm(x, (cols,), w, b, **o), x, weight, bias)
     forward = _counters(device, "norm_fwd").total
-    assert forward.coalescing == 1.0
-    backward = _counters(device, "norm_bwd").total
-    assert backward.coalescing == 1.0
-    assert backward.conflicts == 1.0
-    # x and y once, weight and bias once for each of the 16 blocks of four rows.
-    assert 32 * forward.sectors <= 64 * 1024 * (2 + 2) + 16 * 1024 * 2 * 2 + 64 * 2 * 32
+    if cols == 1024:
+        # x and y once, weight and bias once for each of the 16 blocks of four rows.
+        least = (64 * 2 + 16 * 2) * cols * dtype.itemsize + 64 * 2 * 32
+        assert 32 * forward.sectors <= least
+    _run(lambda x, r, w, b, **o: functional.add_layer_norm(x, r, cols, w, b, dropout_p=0.1, **o),
+         x, residual, weight, bias)  # fmt: skip
+    for words in (["norm_fwd"], ["norm_bwd"]):
+        counters = _counters(device, *words).total
+        assert counters.coalescing == 1.0
+        assert counters.conflicts == 1.0
 
 
 # Warp instructions for 32 elements and bytes over the minimum; best of other kernels seen under the
@@ -57,10 +63,10 @@ def test_norm_accesses_are_coalesced_and_free_of_conflicts(device):
 @pytest.mark.parametrize(
     ("kind", "rows", "cols", "forward", "backward"),
     [
-        ("layer", 2048, 1024, (11.1, 1.08), (18.5, 1.10)),
-        ("layer", 2048, 4096, (10.4, 1.08), (18.4, 1.10)),
+        ("layer", 2048, 1024, (11.2, 1.08), (18.6, 1.10)),
+        ("layer", 2048, 4096, (10.4, 1.08), (18.5, 1.10)),
         ("layer", 16384, 768, (10.2, 1.05), (17.9, 1.07)),
-        ("rms", 2048, 1024, (8.1, 1.05), (13.0, 1.06)),
+        ("rms", 2048, 1024, (8.2, 1.05), (13.1, 1.06)),
         ("rms", 2048, 4096, (7.2, 1.05), (12.6, 1.06)),
     ],
 )
@@ -106,6 +112,23 @@ def test_linear_reads_whole_sectors_and_multiplies_once(device, size):
     assert counters.total.conflicts == 1.0
     assert counters.total.coalescing == 1.0
     assert counters.mma == 3 * size * size * k // MMA_PRODUCTS
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("kind", ["bf16", "tf32", "ieee"])
+def test_linear_epilogues_read_and_write_whole_sectors(device, kind, activation):
+    dtype = BF16 if kind == "bf16" else torch.float32
+    inputs = (torch.randn(128, 1024), torch.randn(128, 1024), torch.randn(128))
+    with _older_switch() if kind == "tf32" else contextlib.nullcontext():
+        _run(
+            lambda x, w, b, **o: functional.linear(x, w, b, activation=activation, **o),
+            *(t.to(dtype) for t in inputs),
+        )
+    kernels = " ".join(device.kernels())
+    assert ("gemm_join" in kernels) == (kind != "ieee") and "linear_bwd" in kernels
+    counters = _counters(device, "gemm", "linear_bwd").total
+    assert counters.coalescing == 1.0
+    assert counters.conflicts == 1.0
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

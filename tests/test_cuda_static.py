@@ -120,10 +120,12 @@ def test_number_of_kernels(resources):
         "gemm_ieee": 1,
         "gemm_join": 3,
         "linear_bwd": 3,
-        "norm_bwd": 11,
+        "norm_bwd": 5,
         "norm_bwd_columns": 3,
+        "norm_bwd_exact": 6,
         "norm_bwd_loop": 5,
-        "norm_fwd": 11,
+        "norm_fwd": 5,
+        "norm_fwd_exact": 6,
         "norm_fwd_loop": 5,
     }
 

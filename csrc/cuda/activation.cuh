@@ -1,5 +1,5 @@
 // Activations and their derivatives (formulas: llmkern/activation.h) in float. Which one is a
-// uniform branch for eight elements.
+// uniform branch for all elements of a pack.
 #pragma once
 
 #include "common.cuh"
@@ -25,47 +25,49 @@ __device__ inline float normal_pdf(float x) {
   return 0.39894228f * ptx::ex2_approx_ftz_f32(-0.5f * kLog2E * x * x);
 }
 
-__device__ inline void activate(Activation activation, float (&x)[kPack]) {
+template <int N>
+__device__ inline void activate(Activation activation, float (&x)[N]) {
   switch (activation) {
     case Activation::kNone:
       return;
     case Activation::kRelu:
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) x[i] = x[i] < 0.0f ? 0.0f : x[i];  // NaN stays
+      for (int i = 0; i < N; ++i) x[i] = x[i] < 0.0f ? 0.0f : x[i];  // NaN stays
       return;
     case Activation::kGelu:
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) x[i] *= normal_cdf(x[i]);
+      for (int i = 0; i < N; ++i) x[i] *= normal_cdf(x[i]);
       return;
     case Activation::kGeluTanh:
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) x[i] *= gelu_tanh_gate(x[i]);
+      for (int i = 0; i < N; ++i) x[i] *= gelu_tanh_gate(x[i]);
       return;
     case Activation::kSilu:
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) x[i] *= sigmoid(x[i]);
+      for (int i = 0; i < N; ++i) x[i] *= sigmoid(x[i]);
       return;
   }
 }
 
 // x becomes f'(x).
-__device__ inline void derive(Activation activation, float (&x)[kPack]) {
+template <int N>
+__device__ inline void derive(Activation activation, float (&x)[N]) {
   switch (activation) {
     case Activation::kNone:
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) x[i] = 1.0f;
+      for (int i = 0; i < N; ++i) x[i] = 1.0f;
       return;
     case Activation::kRelu:
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) x[i] = x[i] > 0.0f ? 1.0f : 0.0f;
+      for (int i = 0; i < N; ++i) x[i] = x[i] > 0.0f ? 1.0f : 0.0f;
       return;
     case Activation::kGelu:
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) x[i] = normal_cdf(x[i]) + x[i] * normal_pdf(x[i]);
+      for (int i = 0; i < N; ++i) x[i] = normal_cdf(x[i]) + x[i] * normal_pdf(x[i]);
       return;
     case Activation::kGeluTanh:
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) {
+      for (int i = 0; i < N; ++i) {
         const float gate = gelu_tanh_gate(x[i]);
         const float inner = 2.0f * kGeluC * (1.0f + 3.0f * kGeluCubic * x[i] * x[i]);
         x[i] = gate + x[i] * gate * (1.0f - gate) * inner;
@@ -73,7 +75,7 @@ __device__ inline void derive(Activation activation, float (&x)[kPack]) {
       return;
     case Activation::kSilu:
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) {
+      for (int i = 0; i < N; ++i) {
         const float s = sigmoid(x[i]);
         x[i] = s * (1.0f + x[i] * (1.0f - s));
       }

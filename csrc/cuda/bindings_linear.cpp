@@ -78,7 +78,12 @@ void bind_linear(py::module_& m) {
       },
       "Floats of scratch that a product takes.");
   m.def("linear_bwd", &backward);
-  m.def("linear_bwd_scratch", &linear_bwd_scratch, "Floats of scratch that a bias gradient takes.");
+  m.def(
+      "linear_bwd_scratch",
+      [](int dtype, int64_t rows, int64_t cols) {
+        return linear_bwd_scratch(static_cast<DType>(dtype), rows, cols);
+      },
+      "Floats of scratch that a bias gradient takes.");
 }
 
 }  // namespace llmkern

@@ -2,7 +2,6 @@
 // turns at the parts, and the first warp adds the warps' sums in their order.
 #include "columns.cuh"
 
-#include "common.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 

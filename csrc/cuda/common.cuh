@@ -1,5 +1,5 @@
-// What every kernel file needs: storage types as floats, eight elements at a time (16 bytes of a
-// 16-bit type; also what one Philox call decides), and dispatch over dtypes on the host.
+// What every kernel file needs: storage types as floats, 16 bytes of them at a time, and dispatch
+// over dtypes on the host.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,11 @@
 namespace llmkern {
 
 constexpr int kWarp = 32;
-constexpr int kPack = 8;  // elements
+constexpr int kPack = 8;  // 16-bit elements in 16 bytes; also what one Philox call decides
+// Elements side by side in a thread: 16 bytes of the widest type that a kernel reads or writes once
+// an element, so that a warp's accesses fill whole sectors.
+template <class... T>
+constexpr int kPackOf = (... || (sizeof(T) == 4)) ? 4 : 8;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504f;
 
@@ -78,89 +82,97 @@ __device__ inline float from_float<float>(float v) {
 }
 
 // v as its storage type holds it.
-template <class T>
-__device__ inline void round_to(float (&v)[kPack], T) {
-  for (int i = 0; i < kPack; i += 2) {
+template <int N, class T>
+__device__ inline void round_to(float (&v)[N], T) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
     const uint32_t pair = pack_pair(v[i], v[i + 1], T{});
     v[i] = low_half(pair, T{});
     v[i + 1] = high_half(pair, T{});
   }
 }
-__device__ inline void round_to(float (&)[kPack], float) {}
+template <int N>
+__device__ inline void round_to(float (&)[N], float) {}
 
-// Eight elements as 16 or 32 bytes hold them.
-template <class T>
+// N elements as memory holds them: 8, 16 or 32 bytes.
+template <class T, int N>
 struct Packed {
-  static constexpr int kWords = sizeof(T) * kPack / 16;
-  uint32_t word[kWords][4];
+  static constexpr int kBytes = N * sizeof(T);
+  static constexpr int kUnitWords = kBytes == 8 ? 2 : 4, kUnits = kBytes / (4 * kUnitWords);
+  using Unit = std::conditional_t<kBytes == 8, uint2, uint4>;
+  uint32_t word[kUnits][kUnitWords];
 
+  __device__ void load(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const Unit unit = reinterpret_cast<const Unit*>(from)[i];
+      word[i][0] = unit.x, word[i][1] = unit.y;
+      if constexpr (kUnitWords == 4) word[i][2] = unit.z, word[i][3] = unit.w;
+    }
+  }
+  __device__ void store(T* to) const {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      Unit unit;
+      unit.x = word[i][0], unit.y = word[i][1];
+      if constexpr (kUnitWords == 4) unit.z = word[i][2], unit.w = word[i][3];
+      reinterpret_cast<Unit*>(to)[i] = unit;
+    }
+  }
+
+  // 16 bytes or 32, kOffset bytes after an address.
   template <int kOffset>
   __device__ void load_global(uint64_t from) {
-    static_for<kWords>(
+    static_for<kUnits>(
         [&](auto i) { ptx::ld_global_v4<kOffset + i.value * 16>(word[i.value], from); });
   }
   template <int kOffset>
   __device__ void load_shared(uint32_t from) {
-    static_for<kWords>(
+    static_for<kUnits>(
         [&](auto i) { ptx::ld_shared_v4<kOffset + i.value * 16>(word[i.value], from); });
   }
   template <int kOffset>
   __device__ void store_global(uint64_t to) const {
-    static_for<kWords>(
+    static_for<kUnits>(
         [&](auto i) { ptx::st_global_v4<kOffset + i.value * 16>(to, word[i.value]); });
   }
 
-  __device__ void unpack(float (&v)[kPack]) const {
+  __device__ void unpack(float (&v)[N]) const {
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
+    for (int i = 0; i < kBytes / 4; ++i) {
+      const uint32_t bits = word[i / kUnitWords][i % kUnitWords];
       if constexpr (sizeof(T) == sizeof(float)) {
-        v[i] = __uint_as_float(word[i / 4][i % 4]);
+        v[i] = __uint_as_float(bits);
       } else {
-        v[i] = i % 2 == 0 ? low_half(word[0][i / 2], T{}) : high_half(word[0][i / 2], T{});
+        v[2 * i] = low_half(bits, T{}), v[2 * i + 1] = high_half(bits, T{});
       }
     }
   }
-  __device__ void pack(const float (&v)[kPack]) {
+  __device__ void pack(const float (&v)[N]) {
 #pragma unroll
-    for (int i = 0; i < 4 * kWords; ++i) {
+    for (int i = 0; i < kBytes / 4; ++i) {
+      uint32_t& bits = word[i / kUnitWords][i % kUnitWords];
       if constexpr (sizeof(T) == sizeof(float)) {
-        word[i / 4][i % 4] = __float_as_uint(v[i]);
+        bits = __float_as_uint(v[i]);
       } else {
-        word[0][i] = pack_pair(v[2 * i], v[2 * i + 1], T{});
+        bits = pack_pair(v[2 * i], v[2 * i + 1], T{});
       }
     }
   }
 };
 
-template <class T>
-__device__ inline void load_vector(const T* from, float (&v)[kPack]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = low_half(words[i], T{});
-    v[2 * i + 1] = high_half(words[i], T{});
-  }
-}
-__device__ inline void load_vector(const float* from, float (&v)[kPack]) {
-  const float4 a = reinterpret_cast<const float4*>(from)[0];
-  const float4 b = reinterpret_cast<const float4*>(from)[1];
-  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-  v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+template <class T, int N>
+__device__ inline void load_vector(const T* from, float (&v)[N]) {
+  Packed<T, N> raw;
+  raw.load(from);
+  raw.unpack(v);
 }
 
-template <class T>
-__device__ inline void store_vector(T* to, const float (&v)[kPack]) {
-  uint4 raw;
-  raw.x = pack_pair(v[0], v[1], T{});
-  raw.y = pack_pair(v[2], v[3], T{});
-  raw.z = pack_pair(v[4], v[5], T{});
-  raw.w = pack_pair(v[6], v[7], T{});
-  *reinterpret_cast<uint4*>(to) = raw;
-}
-__device__ inline void store_vector(float* to, const float (&v)[kPack]) {
-  reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
-  reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
+template <class T, int N>
+__device__ inline void store_vector(T* to, const float (&v)[N]) {
+  Packed<T, N> raw;
+  raw.pack(v);
+  raw.store(to);
 }
 
 // Sum over the warp, the same in each lane.
@@ -172,33 +184,34 @@ __device__ inline float warp_sum(float v) {
   return v + ptx::shfl_sync_bfly<1>(v);
 }
 
-// Eight columns of a row from `col` on; those at or past `cols` read as 0. vector: the address of
-// each pack is a multiple of 16 bytes and cols is a multiple of 8.
-template <class T>
-__device__ inline void load_pack(const T* row, int col, int cols, bool vector, float (&v)[kPack]) {
+// N columns of a row from `col` on; those at or past `cols` read as 0. vector: the address of each
+// pack is a multiple of its bytes or of 16, and cols is a multiple of N.
+template <class T, int N>
+__device__ inline void load_pack(const T* row, int col, int cols, bool vector, float (&v)[N]) {
   if (vector) {
     load_vector(row + col, v);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) v[i] = col + i < cols ? to_float(row[col + i]) : 0.0f;
+  for (int i = 0; i < N; ++i) v[i] = col + i < cols ? to_float(row[col + i]) : 0.0f;
 }
 
-template <class T>
-__device__ inline void store_pack(T* row, int col, int cols, bool vector, const float (&v)[kPack]) {
+template <class T, int N>
+__device__ inline void store_pack(T* row, int col, int cols, bool vector, const float (&v)[N]) {
   if (vector) {
     store_vector(row + col, v);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
+  for (int i = 0; i < N; ++i) {
     if (col + i < cols) row[col + i] = from_float<T>(v[i]);
   }
 }
 
 // As load_pack, of an array whose dtype is known at run time; for what is read once.
+template <int N>
 __device__ inline void load_pack_as(DType dtype, const void* row, int col, int cols, bool vector,
-                                    float (&v)[kPack]) {
+                                    float (&v)[N]) {
   if (dtype == DType::kFloat32) {
     load_pack(static_cast<const float*>(row), col, cols, vector, v);
   } else if (dtype == DType::kBFloat16) {
@@ -211,6 +224,7 @@ __device__ inline void load_pack_as(DType dtype, const void* row, int col, int c
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline int64_t pack_of(DType dtype) { return 16 / size_of(dtype); }
 
 // Whether rows at `p` with this stride can be read 16 bytes at a time; null can.
 inline bool is_vector(const void* p, int64_t stride, DType dtype) {

@@ -1,12 +1,13 @@
 // From the accumulators to y: the float tile goes through shared memory, so that each thread ends
-// up with eight columns of a row: one 16-byte store, one Philox call, one branch on the activation.
+// up with 16 bytes of a row of y: one store, one Philox call, one branch on the activation.
 //
 // Layout of the tile [kRows][kCols] of floats: 16-byte unit u of a row (columns 4u .. 4u + 3), with
 // c = u / 2 and h = u % 2, stands at unit (c ^ 4h ^ (row % 4)) + h * kCols / 8 of its row. Banks
 // repeat every eight units, so, modulo 8,
 //   - a fragment store (16 lanes: 4 rows, both h, one c) hits c ^ 4h ^ row: eight distinct units,
 //     each filled by two lanes;
-//   - a read of one half h by 8 lanes (one row, c .. c + 7) hits eight distinct units.
+//   - a read of one half h by 8 lanes (one row, c .. c + 7) hits eight distinct units, and so does
+//     one of both halves of c .. c + 3.
 // Gated: blocks of eight columns of the product alternate between z and u; they are parted here, z
 // in the first half of the row.
 #pragma once
@@ -21,7 +22,7 @@ namespace llmkern {
 struct EpilogueParams {
   Activation activation;
   bool gated, vector;
-  bool plain;  // vector, and at most a bias is added to one product
+  bool plain;  // vector, n a multiple of 8, and at most a bias is added to one product
   const void* bias[2];
   void* preact[2];
   const void* residual;
@@ -33,10 +34,11 @@ struct EpilogueParams {
 
 inline EpilogueParams epilogue_params(const LinearEpilogue& e, const GemmShape& s) {
   const auto aligned = [&](const void* p, int64_t stride) { return is_vector(p, stride, s.dtype); };
-  const bool vector = s.n % kPack == 0 && aligned(e.bias[0], 0) && aligned(e.bias[1], 0) &&
-                      aligned(e.preact[0], s.n) && aligned(e.preact[1], s.n) &&
-                      aligned(e.residual, e.residual_stride) && aligned(e.y, e.y_stride);
-  const bool plain = vector && !s.gated && e.activation == Activation::kNone &&
+  const bool vector = s.n % pack_of(s.dtype) == 0 && aligned(e.bias[0], 0) &&
+                      aligned(e.bias[1], 0) && aligned(e.preact[0], s.n) &&
+                      aligned(e.preact[1], s.n) && aligned(e.residual, e.residual_stride) &&
+                      aligned(e.y, e.y_stride);
+  const bool plain = vector && s.n % kPack == 0 && !s.gated && e.activation == Activation::kNone &&
                      e.preact[0] == nullptr && e.residual == nullptr && e.drop_threshold == 0;
   return {e.activation,
           s.gated,
@@ -64,26 +66,28 @@ __device__ inline int tile_block(bool gated, int c) {
   return gated ? (c >> 1) + (c & 1) * (kCols / 16) : c;
 }
 
-// row_bytes: where the row starts; swizzle: row % 4.
-template <int kCols>
-__device__ inline void read_block(const uint8_t* row_bytes, int swizzle, int c, float (&v)[kPack]) {
-  const int low = tile_offset<kCols>(swizzle, c, 0) - swizzle * kCols * 4;
-  const int high = tile_offset<kCols>(swizzle, c, 1) - swizzle * kCols * 4;
-  const float4 a = *reinterpret_cast<const float4*>(row_bytes + low);
-  const float4 b = *reinterpret_cast<const float4*>(row_bytes + high);
-  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-  v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+// Columns N * c .. of the product from a row that starts at row_bytes; swizzle: row % 4.
+template <int kCols, int N>
+__device__ inline void read_block(const uint8_t* row_bytes, int swizzle, int c, float (&v)[N]) {
+#pragma unroll
+  for (int q = 0; q < N / 4; ++q) {
+    const int quad = c * (N / 4) + q;
+    const int at = tile_offset<kCols>(swizzle, quad / 2, quad % 2) - swizzle * kCols * 4;
+    const float4 a = *reinterpret_cast<const float4*>(row_bytes + at);
+    v[4 * q] = a.x, v[4 * q + 1] = a.y, v[4 * q + 2] = a.z, v[4 * q + 3] = a.w;
+  }
 }
 
-// A thread's eight columns and what it needs at each row of them.
+// A thread's columns and what it needs at each row of them.
+template <int N>
 struct Columns {
   int col, n;
-  float bias[2][kPack];
+  float bias[2][N];
 };
 
 template <class T>
-__device__ inline Columns load_columns(const EpilogueParams& e, int col, int n) {
-  Columns c{col, n, {}};
+__device__ inline Columns<kPackOf<T>> load_columns(const EpilogueParams& e, int col, int n) {
+  Columns<kPackOf<T>> c{col, n, {}};
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     if (e.bias[which] == nullptr) continue;
@@ -93,33 +97,33 @@ __device__ inline Columns load_columns(const EpilogueParams& e, int col, int n) 
 }
 
 // z (or u): the product with its bias, kept if backward wants it.
-template <class T>
-__device__ inline void add_bias(const EpilogueParams& e, const Columns& c, int which, int64_t row,
-                                float (&v)[kPack]) {
+template <class T, int N>
+__device__ inline void add_bias(const EpilogueParams& e, const Columns<N>& c, int which,
+                                int64_t row, float (&v)[N]) {
   if (e.bias[which] != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) v[i] += c.bias[which][i];
+    for (int i = 0; i < N; ++i) v[i] += c.bias[which][i];
   }
   if (e.preact[which] != nullptr) {
     store_pack(static_cast<T*>(e.preact[which]) + row * c.n, c.col, c.n, e.vector, v);
   }
 }
 
-template <class T>
-__device__ inline void finish_pack(const EpilogueParams& e, const Columns& c, int64_t row,
-                                   float (&z)[kPack], float (&u)[kPack]) {
+template <class T, int N>
+__device__ inline void finish_pack(const EpilogueParams& e, const Columns<N>& c, int64_t row,
+                                   float (&z)[N], float (&u)[N]) {
   add_bias<T>(e, c, 0, row, z);
   activate(e.activation, z);
   if (e.gated) {
     add_bias<T>(e, c, 1, row, u);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) z[i] *= u[i];
+    for (int i = 0; i < N; ++i) z[i] *= u[i];
   }
   if (e.dropout.threshold != 0) drop_pack(e.dropout, row * c.n + c.col, z);
   if (e.residual != nullptr) {
     load_pack(static_cast<const T*>(e.residual) + row * e.residual_stride, c.col, c.n, e.vector, u);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) z[i] += u[i];
+    for (int i = 0; i < N; ++i) z[i] += u[i];
   }
   store_pack(static_cast<T*>(e.y) + row * e.y_stride, c.col, c.n, e.vector, z);
 }
@@ -128,19 +132,21 @@ __device__ inline void finish_pack(const EpilogueParams& e, const Columns& c, in
 template <class T, int kRows, int kCols, int kThreads>
 __device__ inline void finish_tile(const EpilogueParams& e, const uint8_t* tile, int64_t row0,
                                    int64_t m, int col0, int n) {
-  static_assert(kCols == 64 || kCols == 128, "a row is 8 or 16 packs");
-  const int shift = (kCols == 128 ? 4 : 3) - (e.gated ? 1 : 0);  // packs of a row of y, as 2^shift
+  constexpr int N = kPackOf<T>, kPacks = kCols / N;
+  static_assert(kPacks >= 8 && kPacks <= 32, "a row is 8, 16 or 32 packs");
+  // Packs of a row of y, as 2^shift.
+  const int shift = (kPacks == 32 ? 5 : kPacks == 16 ? 4 : 3) - (e.gated ? 1 : 0);
   const int c = threadIdx.x & ((1 << shift) - 1), step = kThreads >> shift;
-  static_assert((kThreads >> 4) % 4 == 0, "the rows of a thread have the same swizzle");
+  static_assert((kThreads >> 5) % 4 == 0, "the rows of a thread have the same swizzle");
   const int first = threadIdx.x >> shift;
   const int64_t end = m - row0 < kRows ? m - row0 : kRows;
-  if (col0 + c * kPack >= n) return;
-  const Columns columns = load_columns<T>(e, col0 + c * kPack, n);
+  if (col0 + c * N >= n) return;
+  const auto columns = load_columns<T>(e, col0 + c * N, n);
   const uint8_t* at = tile + first * kCols * 4;
   for (int row = first; row < end; row += step, at += step * kCols * 4) {
-    float z[kPack], u[kPack];
+    float z[N], u[N];
     read_block<kCols>(at, first & 3, c, z);
-    if (e.gated) read_block<kCols>(at, first & 3, c + kCols / 16, u);
+    if (e.gated) read_block<kCols>(at, first & 3, c + kPacks / 2, u);
     finish_pack<T>(e, columns, row0 + row, z, u);
   }
 }

@@ -1,7 +1,7 @@
 // Parts of a product cut along k: which products are cut, and their sums with the epilogue.
 //
-// A thread reads the same four columns of two rows, 16 bytes each, so a warp's reads are
-// contiguous; then neighbours exchange halves, and each has eight columns of one row, as the
+// For 16-bit y a thread reads the same four columns of two rows, 16 bytes each, so a warp's reads
+// are contiguous; then neighbours exchange halves, and each has eight columns of one row, as the
 // epilogue and its 16-byte stores want them. Parts are added in their order: the result depends on
 // the shape alone.
 #include "gemm_join.cuh"
@@ -37,28 +37,48 @@ __device__ inline void load_sums(const JoinParams& p, int64_t row, int64_t col, 
   }
 }
 
+// Four columns of a row.
+__device__ inline void load_sums(const JoinParams& p, int64_t row, int64_t col, float (&v)[4]) {
+  const int64_t part_step = p.m * p.stride;
+  const float* from = p.partial + min(row, p.m - 1) * p.stride + col;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = 0.0f;
+#pragma unroll 2
+  for (int part = 0; part < p.parts; ++part, from += part_step) add_to(v, from);
+}
+
+// Rows that neighbouring threads take together.
+template <class T>
+constexpr int kRowsOf = kPackOf<T> / 4;
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) gemm_join_kernel(const JoinParams p) {
-  const unsigned packs = (p.n + kPack - 1) / kPack;
-  const unsigned pair = (blockIdx.x * kThreads + threadIdx.x) / 2;  // few: small products are cut
-  const int64_t row = pair / packs * 2;
-  const int c = static_cast<int>(pair % packs), parts = p.epilogue.gated ? 2 : 1;
-  float z[kPack], u[kPack];
-  load_sums(p, row, int64_t{c} * parts * kPack, z);
-  if (p.epilogue.gated) load_sums(p, row, (int64_t{c} * 2 + 1) * kPack, u);
-  const int64_t own = row + threadIdx.x % 2;
+  constexpr int N = kPackOf<T>, kRows = kRowsOf<T>;
+  const unsigned packs = (p.n + N - 1) / N;
+  // Few: small products are cut.
+  const unsigned place = (blockIdx.x * kThreads + threadIdx.x) / kRows;
+  const int64_t row = place / packs * kRows, own = row + threadIdx.x % kRows;
+  const int col = static_cast<int>(place % packs) * N;
+  float z[N], u[N];
+  if (p.epilogue.gated) {
+    const int64_t first = col / kPack * (2 * kPack) + col % kPack;
+    load_sums(p, row, first, z);
+    load_sums(p, row, first + kPack, u);
+  } else {
+    load_sums(p, row, col, z);
+  }
   if (own >= p.m) return;
   if (p.epilogue.plain) {
     if (p.epilogue.bias[0] != nullptr) {
-      float bias[kPack];
-      load_vector(static_cast<const T*>(p.epilogue.bias[0]) + c * kPack, bias);
+      float bias[N];
+      load_vector(static_cast<const T*>(p.epilogue.bias[0]) + col, bias);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) z[i] += bias[i];
+      for (int i = 0; i < N; ++i) z[i] += bias[i];
     }
-    store_vector(static_cast<T*>(p.epilogue.y) + own * p.epilogue.y_stride + c * kPack, z);
+    store_vector(static_cast<T*>(p.epilogue.y) + own * p.epilogue.y_stride + col, z);
     return;
   }
-  const Columns columns = load_columns<T>(p.epilogue, c * kPack, p.n);
+  const auto columns = load_columns<T>(p.epilogue, col, p.n);
   finish_pack<T>(p.epilogue, columns, own, z, u);
 }
 
@@ -94,10 +114,12 @@ GemmPlan gemm_plan(DType dtype, int64_t m, int64_t n, int64_t k, bool gated) {
 }
 
 void gemm_join(const JoinParams& p, DType dtype, const Place& place) {
-  const int64_t threads = ceil_div(p.m, 2) * ceil_div(p.n, kPack) * 2;
   dispatch_dtype(dtype, [&](auto t) {
-    launch("gemm_join", gemm_join_kernel<decltype(t)>, dim3(ceil_div(threads, kThreads)), kThreads,
-           0, place, p);
+    using T = decltype(t);
+    const int64_t rows = kRowsOf<T>;
+    const int64_t threads = ceil_div(p.m, rows) * ceil_div(p.n, int64_t{kPackOf<T>}) * rows;
+    launch("gemm_join", gemm_join_kernel<T>, dim3(ceil_div(threads, kThreads)), kThreads, 0, place,
+           p);
   });
 }
 

@@ -28,7 +28,7 @@ void gemm(const GemmArgs& g, bool tf32, const Place& place);
 void gemm_ieee(const GemmArgs& g, const Place& place);  // float, as gemm calls it
 
 // Floats of scratch that linear_bwd takes when a bias gradient is wanted.
-int64_t linear_bwd_scratch(int64_t rows, int64_t cols);
+int64_t linear_bwd_scratch(DType dtype, int64_t rows, int64_t cols);
 void linear_bwd(const LinearBwdArgs& a, const Place& place);
 
 // 16-bit tensors, head and value dim multiples of 8 up to 128, addresses and strides multiples of

@@ -1,14 +1,14 @@
 // Shared by norm_fwd.cu and norm_bwd.cu: how rows are laid over threads, and sums over a row.
 //
-// A group of `lanes` threads holds one row in registers, up to kRowPacks packs of eight elements a
-// thread: pack c of thread l is columns 8 (c * lanes + l) .. + 7, so that neighbouring threads read
-// neighbouring 16 bytes. Up to 32 lanes (a power of two) several groups share a block; longer rows
-// have a block each. Each group takes several rows one after another with the weights kept in
-// registers. Rows longer than kMaxRowCols are read again for each pass by a block of kLoopThreads
-// (the *_loop kernels).
+// A group of `lanes` threads holds one row in registers, up to kRowElements of them a thread in
+// packs of N = 4 or 8 (kPackOf): pack c of thread l is columns N (c * lanes + l) .. + N - 1, so
+// that neighbouring threads read neighbouring 16 bytes. Up to 32 lanes (a power of two) several
+// groups share a block; longer rows have a block each. Each group takes several rows one after
+// another with the weights kept in registers. Rows longer than kMaxRowCols are read again for each
+// pass by a block of kLoopThreads (the *_loop kernels).
 //
-// Exact kernels (norm_exact.cuh) are for widths of which each thread has 3 or 4 packs: 768, 1024,
-// 1536, 2048, 3072, 4096, 5120, 8192.
+// Exact kernels (norm_exact.cuh) are for widths of which each thread has 24 or 32 columns: 768,
+// 1024, 1536, 2048, 3072, 4096, 5120, 8192.
 #pragma once
 
 #include "common.cuh"
@@ -17,10 +17,10 @@
 
 namespace llmkern {
 
-constexpr int kRowPacks = 4;
+constexpr int kRowElements = 32;  // of a row in a thread, at most
 constexpr int kRowThreads = 128;  // of a block, where a row does not need more
 constexpr int kMaxRowThreads = 256;
-constexpr int kMaxRowCols = kMaxRowThreads * kRowPacks * kPack;
+constexpr int kMaxRowCols = kMaxRowThreads * kRowElements;
 constexpr int kLoopThreads = 256;
 constexpr int kReduceSlots = kMaxRowThreads / kWarp;
 constexpr int kReduceBytes = 2 * kReduceSlots * sizeof(float);
@@ -29,22 +29,21 @@ struct RowPlan {
   int lanes;           // threads a row
   int threads;         // a block
   int rows_per_group;  // one after another
-  int exact;           // packs of every thread; 0: not all have the same
+  int exact;           // columns of every thread; 0: not all have the same
 };
 
 // Fewest threads that hold the row; at least a warp where there are that many packs, so that no
 // thread holds several packs while others idle.
-inline RowPlan row_plan(int64_t cols, int rows_per_group) {
-  const int64_t packs = ceil_div(cols, kPack);
+inline RowPlan row_plan(int64_t cols, int pack, int rows_per_group) {
+  const int64_t packs = ceil_div(cols, pack), most = kRowElements / pack;
   int lanes = 1, exact = 0;
   while (lanes < packs && lanes < kWarp) lanes *= 2;
-  if (packs > kWarp * kRowPacks)
-    lanes = static_cast<int>(ceil_div(packs, kWarp * kRowPacks)) * kWarp;
-  for (int each : {3, 4}) {
-    const int64_t unit = kWarp * kPack * each;
+  if (packs > kWarp * most) lanes = static_cast<int>(ceil_div(packs, kWarp * most)) * kWarp;
+  for (int each : {24, 32}) {
+    const int64_t unit = kWarp * each;
     if (cols % unit == 0 && cols / unit <= kMaxRowThreads / kWarp) exact = each;
   }
-  if (exact > 0) lanes = static_cast<int>(packs) / exact;
+  if (exact > 0) lanes = static_cast<int>(cols) / exact;
   return {lanes, lanes > kWarp ? lanes : kRowThreads, rows_per_group, exact};
 }
 
@@ -96,14 +95,18 @@ __device__ inline RowPlace row_place(int lanes) {
           static_cast<int64_t>(blockIdx.x) * (kRowThreads >> shift) + (threadIdx.x >> shift)};
 }
 
-__device__ inline float sum_of(const float (&v)[kPack]) {
-  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+template <int N>
+__device__ inline float sum_of(const float (&v)[N]) {
+  const float sum = (v[0] + v[1]) + (v[2] + v[3]);
+  if constexpr (N == 8) return sum + ((v[4] + v[5]) + (v[6] + v[7]));
+  return sum;
 }
 
-__device__ inline float dot_of(const float (&a)[kPack], const float (&b)[kPack]) {
+template <int N>
+__device__ inline float dot_of(const float (&a)[N], const float (&b)[N]) {
   float sum = a[0] * b[0];
 #pragma unroll
-  for (int i = 1; i < kPack; ++i) sum += a[i] * b[i];
+  for (int i = 1; i < N; ++i) sum += a[i] * b[i];
   return sum;
 }
 
@@ -117,39 +120,41 @@ struct NormScalars {
   Dropout dropout;
 };
 
-inline NormScalars norm_scalars(const NormShape& s, bool vector) {
+inline NormScalars norm_scalars(const NormShape& s, int pack, bool vector) {
   return {s.rows,
           static_cast<int>(s.cols),
           static_cast<float>(s.eps),
           static_cast<float>(1.0 / static_cast<double>(s.cols)),
           s.rms,
           s.unit_offset,
-          vector && s.cols % kPack == 0,
+          vector && s.cols % pack == 0,
           s.weight_dtype,
           dropout_of(s.drop_threshold, s.seed)};
 }
 
 // Columns of a pack that do not exist become 0; there are none where packs are whole.
-__device__ inline void clear_missing(float (&v)[kPack], int col, const NormScalars& s) {
+template <int N>
+__device__ inline void clear_missing(float (&v)[N], int col, const NormScalars& s) {
   if (s.vector) return;
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
+  for (int i = 0; i < N; ++i) {
     if (col + i >= s.cols) v[i] = 0.0f;
   }
 }
 
-// The scale of eight columns: weight, + 1 with unit_offset, 1 without a weight.
+// The scale of a pack of columns: weight, + 1 with unit_offset, 1 without a weight.
+template <int N>
 __device__ inline void load_scale(const NormScalars& s, const void* weight, int col,
-                                  float (&w)[kPack]) {
+                                  float (&w)[N]) {
   if (weight == nullptr) {
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) w[i] = 1.0f;
+    for (int i = 0; i < N; ++i) w[i] = 1.0f;
     return;
   }
   load_pack_as(s.weight_dtype, weight, col, s.cols, s.vector, w);
   if (!s.unit_offset) return;
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) w[i] += 1.0f;
+  for (int i = 0; i < N; ++i) w[i] += 1.0f;
 }
 
 // f(X{}, T{}): dtypes of x and of everything else.

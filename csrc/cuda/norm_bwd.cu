@@ -30,14 +30,14 @@ struct BwdParams {
   int lanes, rows_per_group;
 };
 
-template <class T>
+template <class T, int N>
 __device__ inline void load_xhat_dy(const BwdParams& p, int64_t row, int col, float mean,
-                                    float rstd, float (&xhat)[kPack], float (&dy)[kPack]) {
+                                    float rstd, float (&xhat)[N], float (&dy)[N]) {
   const NormScalars& s = p.s;
   load_pack(static_cast<const T*>(p.z) + row * p.z_stride, col, s.cols, s.vector, xhat);
   load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride, col, s.cols, s.vector, dy);
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) xhat[i] = (xhat[i] - mean) * rstd;
+  for (int i = 0; i < N; ++i) xhat[i] = (xhat[i] - mean) * rstd;
   clear_missing(xhat, col, s);
 }
 
@@ -46,20 +46,20 @@ struct Means {
 };
 
 // g = dy w.
-template <class X, class T>
+template <class X, class T, int N>
 __device__ inline void store_gradient(const BwdParams& p, int64_t row, int col, bool vector,
-                                      float rstd, Means mean, const float (&xhat)[kPack],
-                                      const float (&g)[kPack]) {
+                                      float rstd, Means mean, const float (&xhat)[N],
+                                      const float (&g)[N]) {
   const NormScalars& s = p.s;
   const float slope = -mean.gx * rstd;
-  float d[kPack];
+  float d[N];
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) d[i] = fmaf(xhat[i], slope, (g[i] - mean.g) * rstd);
+  for (int i = 0; i < N; ++i) d[i] = fmaf(xhat[i], slope, (g[i] - mean.g) * rstd);
   if (p.dz != nullptr) {
-    float dz[kPack];
+    float dz[N];
     load_pack(static_cast<const T*>(p.dz) + row * s.cols, col, s.cols, vector, dz);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) d[i] += dz[i];
+    for (int i = 0; i < N; ++i) d[i] += dz[i];
   }
   if (p.dresidual != nullptr) {
     store_pack(static_cast<T*>(p.dresidual) + row * s.cols, col, s.cols, vector, d);
@@ -70,22 +70,23 @@ __device__ inline void store_gradient(const BwdParams& p, int64_t row, int col, 
 
 // Adds v of the block's groups, which hold the same columns, and stores the sums: first within a
 // warp, then from warp to warp through shared memory, from which all threads write the row 16
-// bytes each. Half h of pack c of slot l is float4 (2c + h) * (width + 4) + l: a warp's writes are
-// contiguous, and its reads, in the order of the row, take halves from banks 64 bytes apart.
+// bytes each. Quad h of slot l is float4 h * (width + 4) + l: a warp's writes are contiguous, and
+// its reads, in the order of the row, take the halves of packs of eight from banks 64 bytes apart.
 // kExact: columns are those of exact kernels.
-template <bool kExact, int kPacks>
-__device__ inline void store_sums(int lanes, int cols, float* row, float (&v)[kPacks][kPack]) {
+template <bool kExact, int kPacks, int N>
+__device__ inline void store_sums(int lanes, int cols, float* row, float (&v)[kPacks][N]) {
   if (lanes < kWarp) {
 #pragma unroll
     for (int c = 0; c < kPacks; ++c) {
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) {
+      for (int i = 0; i < N; ++i) {
         for (int step = lanes; step < kWarp; step *= 2) {
           v[c][i] += __shfl_xor_sync(kAllLanes, v[c][i], step);
         }
       }
     }
   }
+  constexpr int kQuads = N / 4;
   const int width = max(lanes, kWarp);  // threads that hold distinct sums
   const int turns = lanes > kWarp ? 1 : kRowThreads / kWarp;
   const int own = lanes > kWarp ? 0 : threadIdx.x / kWarp;
@@ -95,8 +96,8 @@ __device__ inline void store_sums(int lanes, int cols, float* row, float (&v)[kP
     __syncthreads();
     if (turn != own) continue;
 #pragma unroll
-    for (int h = 0; h < 2 * kPacks; ++h) {
-      float* mine = v[h / 2] + 4 * (h % 2);
+    for (int h = 0; h < kPacks * kQuads; ++h) {
+      float* mine = v[h / kQuads] + 4 * (h % kQuads);
       float4& place = carry[h * (width + 4) + slot];
       if (turn > 0) {
         const float4 sum = place;
@@ -108,45 +109,41 @@ __device__ inline void store_sums(int lanes, int cols, float* row, float (&v)[kP
   __syncthreads();
   const bool vector = cols % 4 == 0;
   for (int q = threadIdx.x; q * 4 < cols; q += blockDim.x) {
-    const int pack = q / 2, warps = pack / kWarp;
+    const int pack = q / kQuads, warps = pack / kWarp;
     const int c = kExact ? warps % kPacks : pack / lanes;
     const int holder = kExact ? warps / kPacks * kWarp + pack % kWarp : pack % lanes;
-    const float4 sum = carry[(2 * c + q % 2) * (width + 4) + holder];
-    if (vector) {
-      reinterpret_cast<float4*>(row)[q] = sum;
-      continue;
-    }
-    const float each[4] = {sum.x, sum.y, sum.z, sum.w};
-    for (int i = 0; i < 4 && q * 4 + i < cols; ++i) row[q * 4 + i] = each[i];
+    const float4 sum = carry[(c * kQuads + q % kQuads) * (width + 4) + holder];
+    store_quad(row, q * 4, cols, vector, sum);
   }
 }
 
 template <class X, class T>
 __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_kernel(const BwdParams p) {
+  constexpr int N = kPackOf<X, T>, kPacks = kRowElements / N;
   const NormScalars& s = p.s;
   const RowPlace place = row_place(p.lanes);
   const int lane = place.lane;
   GroupSum total(shared_bytes, p.lanes);
-  float w[kRowPacks][kPack], dw[kRowPacks][kPack] = {}, db[kRowPacks][kPack] = {};
+  float w[kPacks][N], dw[kPacks][N] = {}, db[kPacks][N] = {};
 #pragma unroll
-  for (int c = 0; c < kRowPacks; ++c) {
-    const int col = (c * p.lanes + lane) * kPack;
+  for (int c = 0; c < kPacks; ++c) {
+    const int col = (c * p.lanes + lane) * N;
     if (col < s.cols) load_scale(s, p.weight, col, w[c]);
   }
   for (int r = 0; r < p.rows_per_group; ++r) {
     const int64_t row = place.group * p.rows_per_group + r;
     const bool active = row < s.rows;  // others still take part in the sums
-    const auto here = [&](int c) { return active && (c * p.lanes + lane) * kPack < s.cols; };
+    const auto here = [&](int c) { return active && (c * p.lanes + lane) * N < s.cols; };
     const float mean = active && !s.rms ? p.mean[row] : 0.0f;
     const float rstd = active ? p.rstd[row] : 0.0f;
-    float xhat[kRowPacks][kPack], g[kRowPacks][kPack];
+    float xhat[kPacks][N], g[kPacks][N];
     float sum_gx = 0.0f, sum_g = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
+    for (int c = 0; c < kPacks; ++c) {
       if (!here(c)) continue;
-      load_xhat_dy<T>(p, row, (c * p.lanes + lane) * kPack, mean, rstd, xhat[c], g[c]);
+      load_xhat_dy<T>(p, row, (c * p.lanes + lane) * N, mean, rstd, xhat[c], g[c]);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) {
+      for (int i = 0; i < N; ++i) {
         dw[c][i] += g[c][i] * xhat[c][i];
         db[c][i] += g[c][i];
         g[c][i] *= w[c][i];
@@ -157,10 +154,9 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_kernel(const BwdParam
     if (p.dx == nullptr) continue;
     const Means means{total(sum_gx) * s.inv_cols, s.rms ? 0.0f : total(sum_g) * s.inv_cols};
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
+    for (int c = 0; c < kPacks; ++c) {
       if (!here(c)) continue;
-      store_gradient<X, T>(p, row, (c * p.lanes + lane) * kPack, s.vector, rstd, means, xhat[c],
-                           g[c]);
+      store_gradient<X, T>(p, row, (c * p.lanes + lane) * N, s.vector, rstd, means, xhat[c], g[c]);
     }
   }
   float* partial = p.partial + static_cast<int64_t>(blockIdx.x) * 2 * s.cols;
@@ -170,11 +166,11 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_kernel(const BwdParam
 
 // Rows z and dy become xhat and g = dy w, and are added to the weights' sums that are wanted. Gives
 // the means of g xhat and of g.
-template <int kPacks>
+template <int kPacks, int N>
 __device__ inline Means sum_row(const BwdParams& p, GroupSum& total, float mean, float rstd,
-                                const float (&w)[kPacks][kPack], float (&xhat)[kPacks][kPack],
-                                float (&g)[kPacks][kPack], float (&dw)[kPacks][kPack],
-                                float (&db)[kPacks][kPack]) {
+                                const float (&w)[kPacks][N], float (&xhat)[kPacks][N],
+                                float (&g)[kPacks][N], float (&dw)[kPacks][N],
+                                float (&db)[kPacks][N]) {
   const NormScalars& s = p.s;
   if (!s.rms) for_each(xhat, [&](float& v, int, int) { v -= mean; });
   for_each(xhat, [&](float& v, int, int) { v *= rstd; });
@@ -197,13 +193,14 @@ __device__ inline Means sum_row(const BwdParams& p, GroupSum& total, float mean,
 // registers for floats.
 template <class T, int kPacks>
 __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_exact_kernel(const BwdParams p) {
+  constexpr int N = kPackOf<T>;
   constexpr bool kAhead = sizeof(T) == 2;
   constexpr int64_t kSize = sizeof(T);
   const NormScalars& s = p.s;
   const RowPlace place = row_place(p.lanes);
-  const int first = exact_column<kPacks>(place.lane);
+  const int first = exact_column<kPacks, N>(place.lane);
   GroupSum total(shared_bytes, p.lanes);
-  float w[1][kPacks][kPack], dw[kPacks][kPack] = {}, db[kPacks][kPack] = {};
+  float w[1][kPacks][N], dw[kPacks][N] = {}, db[kPacks][N] = {};
   load_vectors<T>(s, {p.weight}, p.lanes, first, w);
   int64_t row = place.group * p.rows_per_group;
   const int64_t end = min(row + p.rows_per_group, s.rows);
@@ -222,7 +219,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_exact_kernel(const Bw
   if (kAhead && row < end) load(row);
   for (; row < end; ++row) {
     if (!kAhead) load(row);
-    float xhat[kPacks][kPack], g[kPacks][kPack];
+    float xhat[kPacks][N], g[kPacks][N];
     z.unpack(xhat);
     dy.unpack(g);
     const float mean = next_mean, rstd = next_rstd;
@@ -246,18 +243,19 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_bwd_exact_kernel(const Bw
 // One block a row, two passes over it; for the input gradient alone.
 template <class X, class T>
 __global__ void __launch_bounds__(kLoopThreads) norm_bwd_loop_kernel(const BwdParams p) {
+  constexpr int N = kPackOf<X, T>;
   const NormScalars& s = p.s;
   const int64_t row = blockIdx.x;
-  const int first = threadIdx.x * kPack, step = kLoopThreads * kPack;
+  const int first = threadIdx.x * N, step = kLoopThreads * N;
   GroupSum total(shared_bytes, kLoopThreads);
   const float mean = s.rms ? 0.0f : p.mean[row], rstd = p.rstd[row];
-  float xhat[kPack], dy[kPack], w[kPack];
+  float xhat[N], dy[N], w[N];
   float gx = 0.0f, g = 0.0f;
   for (int col = first; col < s.cols; col += step) {
     load_xhat_dy<T>(p, row, col, mean, rstd, xhat, dy);
     load_scale(s, p.weight, col, w);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
+    for (int i = 0; i < N; ++i) {
       const float gi = dy[i] * w[i];
       gx += gi * xhat[i];
       g += gi;
@@ -268,32 +266,32 @@ __global__ void __launch_bounds__(kLoopThreads) norm_bwd_loop_kernel(const BwdPa
     load_xhat_dy<T>(p, row, col, mean, rstd, xhat, dy);
     load_scale(s, p.weight, col, w);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) dy[i] *= w[i];
+    for (int i = 0; i < N; ++i) dy[i] *= w[i];
     store_gradient<X, T>(p, row, col, s.vector, rstd, means, xhat, dy);
   }
 }
 
-// Weight gradients of long rows: a thread sums eight columns over the block's rows.
+// Weight gradients of long rows: a thread sums a pack of columns over the block's rows.
 template <class T>
 __global__ void __launch_bounds__(kLoopThreads) norm_bwd_columns_kernel(const BwdParams p) {
+  constexpr int N = kPackOf<T>;
   const NormScalars& s = p.s;
-  const int col = (blockIdx.y * kLoopThreads + threadIdx.x) * kPack;
-  if (col >= s.cols) return;
-  float dw[kPack] = {}, db[kPack] = {};
+  const int first = blockIdx.y * kLoopThreads * N, col = first + threadIdx.x * N;
+  float dw[N] = {}, db[N] = {};
   for (int r = 0; r < p.rows_per_group; ++r) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * p.rows_per_group + r;
-    if (row >= s.rows) break;
-    float xhat[kPack], dy[kPack];
+    if (row >= s.rows || col >= s.cols) break;
+    float xhat[N], dy[N];
     load_xhat_dy<T>(p, row, col, s.rms ? 0.0f : p.mean[row], p.rstd[row], xhat, dy);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
+    for (int i = 0; i < N; ++i) {
       dw[i] += dy[i] * xhat[i];
       db[i] += dy[i];
     }
   }
   float* partial = p.partial + static_cast<int64_t>(blockIdx.x) * 2 * s.cols;
-  store_pack(partial, col, s.cols, s.cols % kPack == 0, dw);
-  store_pack(partial + s.cols, col, s.cols, s.cols % kPack == 0, db);
+  if (p.sums[0]) store_columns<kLoopThreads>(partial, first, s.cols, kLoopThreads, dw);
+  if (p.sums[1]) store_columns<kLoopThreads>(partial + s.cols, first, s.cols, kLoopThreads, db);
 }
 
 // Blocks that the weight gradient is summed in: as many as fill a large card; no more than 1 / 36
@@ -306,15 +304,18 @@ int64_t bwd_parts(int64_t rows) {
 }
 
 struct BwdPlan {
+  int pack;
   RowPlan row;
-  int64_t blocks;
+  int64_t blocks;  // bwd_parts at most
 };
 
-BwdPlan bwd_plan(int64_t rows, int64_t cols) {
-  RowPlan row = row_plan(cols, 1);
-  const int64_t groups = cols > kMaxRowCols ? 1 : row.threads / row.lanes;
-  row.rows_per_group = static_cast<int>(ceil_div(rows, bwd_parts(rows) * groups));
-  return {row, ceil_div(rows, groups * row.rows_per_group)};
+BwdPlan bwd_plan(const NormShape& s) {
+  if (s.rows == 0) return {};
+  const int pack = static_cast<int>(min(pack_of(s.x_dtype), pack_of(s.dtype)));
+  RowPlan row = row_plan(s.cols, pack, 1);
+  const int64_t groups = s.cols > kMaxRowCols ? 1 : row.threads / row.lanes;
+  row.rows_per_group = static_cast<int>(ceil_div(s.rows, bwd_parts(s.rows) * groups));
+  return {pack, row, ceil_div(s.rows, groups * row.rows_per_group)};
 }
 
 BwdParams bwd_params(const NormBwdArgs& a, const BwdPlan& plan) {
@@ -324,7 +325,7 @@ BwdParams bwd_params(const NormBwdArgs& a, const BwdPlan& plan) {
                       is_vector(a.weight, 0, s.weight_dtype) && is_vector(a.dz, s.cols, s.dtype) &&
                       is_vector(a.dx, s.cols, s.x_dtype) && is_vector(a.dresidual, s.cols, s.dtype);
   const bool sums[2] = {a.dweight != nullptr, a.dbias != nullptr};
-  return {norm_scalars(s, vector),
+  return {norm_scalars(s, plan.pack, vector),
           a.z,
           a.z_stride,
           a.weight,
@@ -344,7 +345,7 @@ BwdParams bwd_params(const NormBwdArgs& a, const BwdPlan& plan) {
 size_t bwd_shared_bytes(const RowPlan& row, size_t staged) {
   const size_t reduce = kReduceBytes + staged;
   const size_t width = row.lanes > kWarp ? row.lanes : kWarp;
-  const size_t carry = (width + 4) * kRowPacks * kPack * sizeof(float);
+  const size_t carry = (width + 4) * kRowElements * sizeof(float);
   return carry > reduce ? carry : reduce;
 }
 
@@ -358,10 +359,10 @@ void long_rows(const NormBwdArgs& a, const BwdPlan& plan, const Place& place) {
     });
   }
   if (params.partial != nullptr) {
-    const dim3 grid(plan.blocks, ceil_div(s.cols, kLoopThreads * kPack));
+    const dim3 grid(plan.blocks, ceil_div(s.cols, kLoopThreads * pack_of(s.dtype)));
     dispatch_dtype(s.dtype, [&](auto t) {
-      launch("norm_bwd_columns", norm_bwd_columns_kernel<decltype(t)>, grid, kLoopThreads, 0, place,
-             params);
+      launch("norm_bwd_columns", norm_bwd_columns_kernel<decltype(t)>, grid, kLoopThreads,
+             columns_bytes(kLoopThreads), place, params);
     });
   }
 }
@@ -369,13 +370,13 @@ void long_rows(const NormBwdArgs& a, const BwdPlan& plan, const Place& place) {
 }  // namespace
 
 int64_t norm_bwd_scratch(int64_t rows, int64_t cols) {
-  return rows * cols == 0 ? 0 : 2 * cols * bwd_plan(rows, cols).blocks;
+  return rows * cols == 0 ? 0 : 2 * cols * bwd_parts(rows);
 }
 
 void norm_bwd(const NormBwdArgs& a, const Place& place) {
   const NormShape& s = a.shape;
   if (s.cols == 0) return;
-  const BwdPlan plan = s.rows == 0 ? BwdPlan{} : bwd_plan(s.rows, s.cols);
+  const BwdPlan plan = bwd_plan(s);
   if (s.rows > 0 && s.cols > kMaxRowCols) {
     long_rows(a, plan, place);
   } else if (s.rows > 0) {

@@ -22,40 +22,41 @@ struct FwdParams {
   int lanes, rows_per_group;
 };
 
-// z of eight columns of a row, rounded as it is stored.
-template <class X, class T>
-__device__ inline void load_z(const FwdParams& p, int64_t row, int col, float (&z)[kPack]) {
+// z of a pack of columns of a row, rounded as it is stored.
+template <class X, class T, int N>
+__device__ inline void load_z(const FwdParams& p, int64_t row, int col, float (&z)[N]) {
   const NormScalars& s = p.s;
   load_pack(static_cast<const X*>(p.x) + row * p.x_stride, col, s.cols, s.vector, z);
   if (s.dropout.threshold != 0) drop_pack(s.dropout, row * s.cols + col, z);
   if (p.residual != nullptr) {
-    float r[kPack];
+    float r[N];
     load_pack(static_cast<const T*>(p.residual) + row * p.residual_stride, col, s.cols, s.vector,
               r);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) z[i] += r[i];
+    for (int i = 0; i < N; ++i) z[i] += r[i];
     round_to(z, T{});
   }
 }
 
 // z becomes z - mean; gives the sum of its squares. Columns that do not exist become 0.
-__device__ inline float centre(float (&z)[kPack], float mean, int col, const NormScalars& s) {
+template <int N>
+__device__ inline float centre(float (&z)[N], float mean, int col, const NormScalars& s) {
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) z[i] -= mean;
+  for (int i = 0; i < N; ++i) z[i] -= mean;
   clear_missing(z, col, s);
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) sum += z[i] * z[i];
+  for (int i = 0; i < N; ++i) sum += z[i] * z[i];
   return sum;
 }
 
-template <class T>
+template <class T, int N>
 __device__ inline void store_y(const FwdParams& p, int64_t row, int col, bool vector,
-                               const float (&centred)[kPack], float rstd, const float (&w)[kPack],
-                               const float (&b)[kPack]) {
-  float y[kPack];
+                               const float (&centred)[N], float rstd, const float (&w)[N],
+                               const float (&b)[N]) {
+  float y[N];
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) y[i] = centred[i] * rstd * w[i] + b[i];
+  for (int i = 0; i < N; ++i) y[i] = centred[i] * rstd * w[i] + b[i];
   store_pack(static_cast<T*>(p.y) + row * p.s.cols, col, p.s.cols, vector, y);
 }
 
@@ -64,74 +65,73 @@ __device__ inline void store_statistics(const FwdParams& p, int64_t row, float m
   if (p.rstd != nullptr) p.rstd[row] = rstd;
 }
 
-__device__ inline void load_affine(const FwdParams& p, int col, float (&w)[kPack],
-                                   float (&b)[kPack]) {
+template <int N>
+__device__ inline void load_affine(const FwdParams& p, int col, float (&w)[N], float (&b)[N]) {
   load_scale(p.s, p.weight, col, w);
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) b[i] = 0.0f;
+  for (int i = 0; i < N; ++i) b[i] = 0.0f;
   if (p.bias != nullptr) load_pack_as(p.s.weight_dtype, p.bias, col, p.s.cols, p.s.vector, b);
 }
 
 // A lane's packs of z of one row, kept where it is wanted; gives their sum (0 for rms). here(c):
 // whether the lane has pack c of this row.
-template <class X, class T, class Here>
+template <class X, class T, int kPacks, int N, class Here>
 __device__ inline float load_row(const FwdParams& p, int64_t row, int lane, Here&& here,
-                                 float (&z)[kRowPacks][kPack]) {
+                                 float (&z)[kPacks][N]) {
   const NormScalars& s = p.s;
   const auto each = [&](auto&& f) {
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
-      if (here(c)) f((c * p.lanes + lane) * kPack, z[c]);
+    for (int c = 0; c < kPacks; ++c) {
+      if (here(c)) f((c * p.lanes + lane) * N, z[c]);
     }
   };
-  each([&](int col, float(&v)[kPack]) { load_z<X, T>(p, row, col, v); });
+  each([&](int col, float(&v)[N]) { load_z<X, T>(p, row, col, v); });
   if (p.z != nullptr) {
     T* kept = static_cast<T*>(p.z) + row * s.cols;
-    each([&](int col, float(&v)[kPack]) { store_pack(kept, col, s.cols, s.vector, v); });
+    each([&](int col, float(&v)[N]) { store_pack(kept, col, s.cols, s.vector, v); });
   }
   float sum = 0.0f;
-  if (!s.rms) each([&](int, float(&v)[kPack]) { sum += sum_of(v); });
+  if (!s.rms) each([&](int, float(&v)[N]) { sum += sum_of(v); });
   return sum;
 }
 
 template <class X, class T>
 __global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_kernel(const FwdParams p) {
+  constexpr int N = kPackOf<X, T>, kPacks = kRowElements / N;
   const NormScalars& s = p.s;
   const RowPlace place = row_place(p.lanes);
   const int lane = place.lane;
   GroupSum total(shared_bytes, p.lanes);
-  float w[kRowPacks][kPack], b[kRowPacks][kPack];
+  float w[kPacks][N], b[kPacks][N];
 #pragma unroll
-  for (int c = 0; c < kRowPacks; ++c) {
-    const int col = (c * p.lanes + lane) * kPack;
+  for (int c = 0; c < kPacks; ++c) {
+    const int col = (c * p.lanes + lane) * N;
     if (col < s.cols) load_affine(p, col, w[c], b[c]);
   }
   for (int r = 0; r < p.rows_per_group; ++r) {
     const int64_t row = place.group * p.rows_per_group + r;
     const bool active = row < s.rows;  // others still take part in the sums
-    const auto here = [&](int c) { return active && (c * p.lanes + lane) * kPack < s.cols; };
-    float z[kRowPacks][kPack];
+    const auto here = [&](int c) { return active && (c * p.lanes + lane) * N < s.cols; };
+    float z[kPacks][N];
     const float sum = load_row<X, T>(p, row, lane, here, z);
     const float mean = s.rms ? 0.0f : total(sum) * s.inv_cols;
     float square = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
-      if (here(c)) square += centre(z[c], mean, (c * p.lanes + lane) * kPack, s);
+    for (int c = 0; c < kPacks; ++c) {
+      if (here(c)) square += centre(z[c], mean, (c * p.lanes + lane) * N, s);
     }
     const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
     if (active && lane == 0) store_statistics(p, row, mean, rstd);
 #pragma unroll
-    for (int c = 0; c < kRowPacks; ++c) {
-      if (here(c))
-        store_y<T>(p, row, (c * p.lanes + lane) * kPack, s.vector, z[c], rstd, w[c], b[c]);
+    for (int c = 0; c < kPacks; ++c) {
+      if (here(c)) store_y<T>(p, row, (c * p.lanes + lane) * N, s.vector, z[c], rstd, w[c], b[c]);
     }
   }
 }
 
 // z of a row whose x it holds: dropout, residual, and z where it is wanted.
-template <class T, int kPacks>
-__device__ inline void finish_z(const FwdParams& p, int64_t row, int first,
-                                float (&z)[kPacks][kPack]) {
+template <class T, int kPacks, int N>
+__device__ inline void finish_z(const FwdParams& p, int64_t row, int first, float (&z)[kPacks][N]) {
   const int64_t at = row * p.s.cols + first;
   drop_packs(p.s.dropout, at, z);
   if (p.residual != nullptr) {
@@ -143,9 +143,8 @@ __device__ inline void finish_z(const FwdParams& p, int64_t row, int first,
 }
 
 // z becomes z - mean, which it gives; 0 for rms.
-template <int kPacks>
-__device__ inline float centre_row(float (&z)[kPacks][kPack], const NormScalars& s,
-                                   GroupSum& total) {
+template <int kPacks, int N>
+__device__ inline float centre_row(float (&z)[kPacks][N], const NormScalars& s, GroupSum& total) {
   if (s.rms) return 0.0f;
   float sum = 0.0f;
 #pragma unroll
@@ -158,11 +157,12 @@ __device__ inline float centre_row(float (&z)[kPacks][kPack], const NormScalars&
 // The next row is on its way while one is computed.
 template <class T, int kPacks>
 __global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_exact_kernel(const FwdParams p) {
+  constexpr int N = kPackOf<T>;
   const NormScalars& s = p.s;
   const RowPlace place = row_place(p.lanes);
-  const int first = exact_column<kPacks>(place.lane);
+  const int first = exact_column<kPacks, N>(place.lane);
   GroupSum total(shared_bytes, p.lanes);
-  float affine[2][kPacks][kPack];
+  float affine[2][kPacks][N];
   load_vectors<T>(s, {p.weight, p.bias}, p.lanes, first, affine);
   int64_t row = place.group * p.rows_per_group;
   const int64_t end = min(row + p.rows_per_group, s.rows);
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_exact_kernel(const Fw
   ExactPacks<T, kPacks> raw;
   raw.load_global(x);
   while (true) {
-    float z[kPacks][kPack];
+    float z[kPacks][N];
     raw.unpack(z);
     const bool last = row + 1 == end;
     if (!last) raw.load_global(x += x_step);
@@ -198,11 +198,12 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_exact_kernel(const Fw
 // One block a row; z is computed again for each of the three passes.
 template <class X, class T>
 __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdParams p) {
+  constexpr int N = kPackOf<X, T>;
   const NormScalars& s = p.s;
   const int64_t row = blockIdx.x;
-  const int first = threadIdx.x * kPack, step = kLoopThreads * kPack;
+  const int first = threadIdx.x * N, step = kLoopThreads * N;
   GroupSum total(shared_bytes, kLoopThreads);
-  float z[kPack];
+  float z[N];
   float mean = 0.0f, square = 0.0f;
   if (!s.rms) {
     float sum = 0.0f;
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
   const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
   if (threadIdx.x == 0) store_statistics(p, row, mean, rstd);
   for (int col = first; col < s.cols; col += step) {
-    float w[kPack], b[kPack];
+    float w[N], b[N];
     load_z<X, T>(p, row, col, z);
     if (p.z != nullptr) store_pack(static_cast<T*>(p.z) + row * s.cols, col, s.cols, s.vector, z);
     load_affine(p, col, w, b);
@@ -239,13 +240,13 @@ int fwd_rows_per_group(int64_t rows, int64_t warps_a_row) {
   return rows_per_group;
 }
 
-FwdParams fwd_params(const NormFwdArgs& a, const RowPlan& plan) {
+FwdParams fwd_params(const NormFwdArgs& a, int pack, const RowPlan& plan) {
   const NormShape& s = a.shape;
   const bool vector =
       is_vector(a.x, a.x_stride, s.x_dtype) && is_vector(a.residual, a.residual_stride, s.dtype) &&
       is_vector(a.weight, 0, s.weight_dtype) && is_vector(a.bias, 0, s.weight_dtype) &&
       is_vector(a.z, s.cols, s.dtype) && is_vector(a.y, s.cols, s.dtype);
-  return {norm_scalars(s, vector),
+  return {norm_scalars(s, pack, vector),
           a.x,
           a.x_stride,
           a.residual,
@@ -265,17 +266,18 @@ FwdParams fwd_params(const NormFwdArgs& a, const RowPlan& plan) {
 void norm_fwd(const NormFwdArgs& a, const Place& place) {
   const NormShape& s = a.shape;
   if (s.rows == 0 || s.cols == 0) return;
-  RowPlan plan = row_plan(s.cols, 1);
-  plan.rows_per_group = fwd_rows_per_group(s.rows, ceil_div(plan.lanes, kWarp));
   dispatch_norm(s, [&](auto x, auto t) {
     using X = decltype(x);
     using T = decltype(t);
+    constexpr int N = kPackOf<X, T>;
+    RowPlan plan = row_plan(s.cols, N, 1);
+    plan.rows_per_group = fwd_rows_per_group(s.rows, ceil_div(plan.lanes, kWarp));
+    const FwdParams params = fwd_params(a, N, plan);
     if (s.cols > kMaxRowCols) {
       launch("norm_fwd_loop", norm_fwd_loop_kernel<X, T>, dim3(s.rows), kLoopThreads, kReduceBytes,
-             place, fwd_params(a, plan));
+             place, params);
       return;
     }
-    const FwdParams params = fwd_params(a, plan);
     const dim3 grid(ceil_div(s.rows, plan.threads / plan.lanes * plan.rows_per_group));
     const size_t staged = staged_bytes(s, plan.lanes, 2);
     const bool exact = dispatch_exact<X, T>(s, plan, params.s.vector, [&](auto packs) {

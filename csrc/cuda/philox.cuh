@@ -48,18 +48,17 @@ __device__ inline uint32_t flat_counter_bits(uint64_t counter, uint64_t seed, ui
                    threshold);
 }
 
-// Bits of elements index .. index + 7 of the flat stream; from two counters where the eight do not
-// start one.
+// Bits of the N elements from `index` on of the flat stream; from two counters where they are not
+// all of one.
+template <int N>
 __device__ inline uint32_t flat_keep_bits(uint64_t index, uint64_t seed, uint32_t threshold) {
   uint32_t bits = flat_counter_bits(index >> 3, seed, threshold);
   const uint32_t shift = index & 7;
-  if (shift != 0) {
-    bits = (bits | flat_counter_bits((index >> 3) + 1, seed, threshold) << 8) >> shift;
-  }
-  return bits & 0xffu;
+  if (shift + N > 8) bits |= flat_counter_bits((index >> 3) + 1, seed, threshold) << 8;
+  return bits >> shift;
 }
 
-// Dropout of eight consecutive elements: dropped ones are 0, whatever they were.
+// Dropout of consecutive elements: dropped ones are 0, whatever they were.
 struct Dropout {
   uint32_t threshold;  // of 65536; 0: no dropout
   float scale;
@@ -71,10 +70,12 @@ inline Dropout dropout_of(uint32_t threshold, const int64_t* seed) {
   return {threshold, kept > 0.0f ? 65536.0f / kept : 0.0f, seed};
 }
 
-__device__ inline void drop_pack(const Dropout& d, uint64_t index, float (&v)[8]) {
-  const uint32_t bits = flat_keep_bits(index, static_cast<uint64_t>(*d.seed), d.threshold);
+template <int N>
+__device__ inline void drop_pack(const Dropout& d, uint64_t index, float (&v)[N]) {
+  static_assert(N <= 8, "a counter decides eight elements");
+  const uint32_t bits = flat_keep_bits<N>(index, static_cast<uint64_t>(*d.seed), d.threshold);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = (bits >> i) & 1u ? v[i] * d.scale : 0.0f;
+  for (int i = 0; i < N; ++i) v[i] = (bits >> i) & 1u ? v[i] * d.scale : 0.0f;
 }
 
 }  // namespace llmkern

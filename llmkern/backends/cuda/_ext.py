@@ -20,7 +20,7 @@ from llmkern.errors import BackendError
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OLDEST = 80  # compute capability * 10: bf16 mma and cp.async
 INT32_MAX = 2**31 - 1
-MAX_COLS = 65535 * 1024  # grid dim y ends at 65535 blocks; those of linear_bwd have 1024
+MAX_COLS = 65535 * 512  # grid dim y ends at 65535 blocks; those of linear_bwd have 512 floats
 
 
 class Loaded(NamedTuple):

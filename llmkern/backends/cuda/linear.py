@@ -184,10 +184,11 @@ def _product_gradients(
     products = changed and (wants[0] or wants[1] or wants[2])
     g = torch.empty((rows, cols), **like) if products else None
     gu = torch.empty((rows, cols), **like) if products and spec.gated else None
-    size = launch.module.linear_bwd_scratch(rows, cols) if sums else 0
+    code = DTYPE_CODES[spec.dtype]
+    size = launch.module.linear_bwd_scratch(code, rows, cols) if sums else 0
     scratch = torch.empty(size, dtype=torch.float32, device=dy.device)
     launch.linear_bwd(
-        DTYPE_CODES[spec.dtype],
+        code,
         rows,
         cols,
         ACTIVATION_CODES[spec.activation],
