@@ -20,14 +20,12 @@ struct ColumnSumsParams {
 
 // Four columns of a row from `col` on, of which those before `cols` exist.
 __device__ inline void store_quad(float* row, int col, int cols, bool vector, float4 v) {
+  const float each[4] = {v.x, v.y, v.z, v.w};
   if (vector) {
     // Written so that it stays one store: the compiler may split a float4 into four.
-    const uint32_t bits[4] = {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z),
-                              __float_as_uint(v.w)};
-    ptx::st_global_v4(ptx::global_address(row + col), bits);
+    ptx::st_global_v4(ptx::global_address(row + col), each);
     return;
   }
-  const float each[4] = {v.x, v.y, v.z, v.w};
   for (int i = 0; i < 4 && col + i < cols; ++i) row[col + i] = each[i];
 }
 

@@ -94,13 +94,16 @@ __device__ inline void round_to(float (&v)[N], T) {
 template <int N>
 __device__ inline void round_to(float (&)[N], float) {}
 
-// N elements as memory holds them: 8, 16 or 32 bytes.
+// N elements as memory holds them, 8, 16 or 32 bytes; floats as such, since PTX has a move between
+// a register of bits and one of a float.
 template <class T, int N>
 struct Packed {
+  static constexpr bool kFloat = std::is_same_v<T, float>;
   static constexpr int kBytes = N * sizeof(T);
   static constexpr int kUnitWords = kBytes == 8 ? 2 : 4, kUnits = kBytes / (4 * kUnitWords);
-  using Unit = std::conditional_t<kBytes == 8, uint2, uint4>;
-  uint32_t word[kUnits][kUnitWords];
+  using Word = std::conditional_t<kFloat, float, uint32_t>;
+  using Unit = std::conditional_t<kFloat, float4, std::conditional_t<kBytes == 8, uint2, uint4>>;
+  Word word[kUnits][kUnitWords];
 
   __device__ void load(const T* from) {
 #pragma unroll
@@ -140,9 +143,9 @@ struct Packed {
   __device__ void unpack(float (&v)[N]) const {
 #pragma unroll
     for (int i = 0; i < kBytes / 4; ++i) {
-      const uint32_t bits = word[i / kUnitWords][i % kUnitWords];
-      if constexpr (sizeof(T) == sizeof(float)) {
-        v[i] = __uint_as_float(bits);
+      const Word bits = word[i / kUnitWords][i % kUnitWords];
+      if constexpr (kFloat) {
+        v[i] = bits;
       } else {
         v[2 * i] = low_half(bits, T{}), v[2 * i + 1] = high_half(bits, T{});
       }
@@ -151,9 +154,9 @@ struct Packed {
   __device__ void pack(const float (&v)[N]) {
 #pragma unroll
     for (int i = 0; i < kBytes / 4; ++i) {
-      uint32_t& bits = word[i / kUnitWords][i % kUnitWords];
-      if constexpr (sizeof(T) == sizeof(float)) {
-        bits = __float_as_uint(v[i]);
+      Word& bits = word[i / kUnitWords][i % kUnitWords];
+      if constexpr (kFloat) {
+        bits = v[i];
       } else {
         bits = pack_pair(v[2 * i], v[2 * i + 1], T{});
       }

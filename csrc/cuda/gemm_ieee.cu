@@ -80,7 +80,8 @@ __device__ inline void multiply(const float* a, const float* b, int ty, int tx,
   }
 }
 
-__global__ void __launch_bounds__(kThreads) gemm_ieee_kernel(const IeeeParams p) {
+// Two blocks a multiprocessor at least: left to itself ptxas saves registers for four, and spills.
+__global__ void __launch_bounds__(kThreads, 2) gemm_ieee_kernel(const IeeeParams p) {
   float* a_lines = reinterpret_cast<float*>(shared_bytes);
   float* b_lines = a_lines + kDepth * kLine;
   const int parts = p.epilogue.gated ? 2 : 1;

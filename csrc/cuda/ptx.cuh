@@ -55,14 +55,25 @@ __device__ inline void ld_global_v4(uint32_t (&r)[4], uint64_t global) {
 }
 
 template <int kOffset = 0>
+__device__ inline void ld_global_v4(float (&v)[4], uint64_t global) {
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "l"(global), "n"(kOffset)
+               : "memory");
+}
+
+template <int kOffset = 0>
+__device__ inline void st_global_v4(uint64_t global, const float (&v)[4]) {
+  asm volatile("st.global.v4.f32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(global), "n"(kOffset),
+               "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+
+template <int kOffset = 0>
 __device__ inline void st_global_v4(uint64_t global, const uint32_t (&r)[4]) {
   asm volatile("st.global.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(global), "n"(kOffset),
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
-}
-
-__device__ inline void st_global(uint64_t global, float value) {
-  asm volatile("st.global.f32 [%0], %1;" ::"l"(global), "f"(value) : "memory");
 }
 
 __device__ inline uint32_t ld_global(uint64_t global) {
@@ -75,6 +86,14 @@ template <int kOffset = 0>
 __device__ inline void ld_shared_v4(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared), "n"(kOffset)
+               : "memory");
+}
+
+template <int kOffset = 0>
+__device__ inline void ld_shared_v4(float (&v)[4], uint32_t shared) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                : "r"(shared), "n"(kOffset)
                : "memory");
 }
