@@ -64,11 +64,12 @@ __device__ inline void store_packs(void* tensor, int64_t at, const float (&v)[kP
   raw.store_global(ptx::global_address(static_cast<T*>(tensor) + at));
 }
 
+// index: of the first element, a multiple of N as the row's length is.
 template <int kPacks, int N>
 __device__ inline void drop_packs(const Dropout& d, int64_t index, float (&v)[kPacks][N]) {
   if (d.threshold == 0) return;
 #pragma unroll
-  for (int c = 0; c < kPacks; ++c) drop_pack(d, index + c * (kWarp * N), v[c]);
+  for (int c = 0; c < kPacks; ++c) drop_aligned_pack(d, index + c * (kWarp * N), v[c]);
 }
 
 // Vectors of the row's length in shared memory, from which packs are read 16 bytes a thread. The
@@ -127,7 +128,10 @@ __device__ inline void load_vectors_as(const NormScalars& s, const void* const (
   ExactPacks<W, kPacks, N> raw;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    if (vectors[i] == nullptr) continue;
+    if (vectors[i] == nullptr) {
+      for_each(v[i], [&](float& value, int, int) { value = i == 0 ? 1.0f : 0.0f; });
+      continue;
+    }
     if (lanes == kWarp) {
       staged.load(i, first, raw);
     } else {
@@ -142,10 +146,6 @@ __device__ inline void load_vectors_as(const NormScalars& s, const void* const (
 template <class T, int kPacks, int N, int kVectors>
 __device__ inline void load_vectors(const NormScalars& s, const void* const (&vectors)[kVectors],
                                     int lanes, int first, float (&v)[kVectors][kPacks][N]) {
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    for_each(v[i], [&](float& value, int, int) { value = i == 0 ? 1.0f : 0.0f; });
-  }
   if (s.weight_dtype == DType::kFloat32) {
     load_vectors_as<float>(s, vectors, lanes, first, v);
   } else {

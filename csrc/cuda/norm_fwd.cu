@@ -134,12 +134,17 @@ template <class T, int kPacks, int N>
 __device__ inline void finish_z(const FwdParams& p, int64_t row, int first, float (&z)[kPacks][N]) {
   const int64_t at = row * p.s.cols + first;
   drop_packs(p.s.dropout, at, z);
-  if (p.residual != nullptr) {
-    add_packs<T>(p.residual, row * p.residual_stride + first, z);
-#pragma unroll
-    for (int c = 0; c < kPacks; ++c) round_to(z[c], T{});
+  if (p.residual == nullptr) {
+    store_packs<T>(p.z, at, z);
+    return;
   }
-  store_packs<T>(p.z, at, z);
+  add_packs<T>(p.residual, row * p.residual_stride + first, z);
+  ExactPacks<T, kPacks> rounded;
+  rounded.pack(z);
+  rounded.unpack(z);
+  if (p.z != nullptr) {
+    rounded.store_global(ptx::global_address(static_cast<T*>(p.z) + at));
+  }
 }
 
 // z becomes z - mean, which it gives; 0 for rms.

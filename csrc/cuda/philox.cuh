@@ -78,4 +78,22 @@ __device__ inline void drop_pack(const Dropout& d, uint64_t index, float (&v)[N]
   for (int i = 0; i < N; ++i) v[i] = (bits >> i) & 1u ? v[i] * d.scale : 0.0f;
 }
 
+// The same where index is a multiple of N: all decisions are of one counter, and are taken where
+// they are used.
+template <int N>
+__device__ inline void drop_aligned_pack(const Dropout& d, uint64_t index, float (&v)[N]) {
+  static_assert(N == 4 || N == 8, "a counter's elements or half of them");
+  const uint64_t counter = index >> 3;
+  const PhiloxWords words =
+      philox(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, kFlatStream,
+             static_cast<uint64_t>(*d.seed));
+  const bool second = N == 4 && (index & 4) != 0;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const uint32_t word = second ? words.w[i + 4 - N / 2] : words.w[i];
+    v[2 * i] = (word & 0xffffu) >= d.threshold ? v[2 * i] * d.scale : 0.0f;
+    v[2 * i + 1] = (word >> 16) >= d.threshold ? v[2 * i + 1] * d.scale : 0.0f;
+  }
+}
+
 }  // namespace llmkern
