@@ -110,10 +110,13 @@ def a_card(device, monkeypatch):
         pytest.skip("there is a driver here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    _ext._refused_by.cache_clear()
+    for answer in (_ext._refused_by, _ext._too_old):
+        answer.cache_clear()
     yield monkeypatch
-    _ext._refused_by.cache_clear()
+    for answer in (_ext._refused_by, _ext._too_old):
+        answer.cache_clear()
 
 
 def test_calls_are_left_to_others_where_the_driver_is_too_old(a_card):
@@ -125,9 +128,13 @@ def test_calls_are_left_to_others_where_the_driver_is_too_old(a_card):
 def test_calls_are_served_where_the_runtime_has_kernels_for_the_card(a_card):
     a_card.setattr(_ext, "load", _ext.load_emulated)
     assert _ext.unavailable("cuda") is None
-    a_card.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    _ext._refused_by.cache_clear()
-    assert _ext.unavailable("cuda") == "its kernels need compute capability 8.0, this card has 7.5"
+
+
+def test_calls_are_left_to_others_where_any_card_is_too_old(a_card):
+    a_card.setattr(_ext, "load", _ext.load_emulated)
+    a_card.setattr(torch.cuda, "device_count", lambda: 2)
+    a_card.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 0), (7, 5)][index])
+    assert _ext.unavailable("cuda") == "its kernels need compute capability 8.0, card 1 has 7.5"
 
 
 @pytest.mark.parametrize(

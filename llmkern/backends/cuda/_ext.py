@@ -69,16 +69,24 @@ def unavailable(device: str) -> str | None:
     if device != "cuda":
         return f"it serves cuda tensors, and {device} ones only under llmkern.emulator.device"
     if load().reason is None and torch.cuda.is_available():
-        return _refused_by(torch.cuda.current_device())
+        return _too_old() or _refused_by(torch.cuda.current_device())
     return load().reason
 
 
 @functools.cache
+def _too_old() -> str | None:
+    """Of all cards: what serves a call is decided, and remembered, for "cuda" whichever it is."""
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if major * 10 + minor < OLDEST:
+            return f"its kernels need compute capability 8.0, card {index} has {major}.{minor}"
+    return None
+
+
+@functools.cache
 def _refused_by(index: int) -> str | None:
-    """Why a card cannot run the kernels: itself, its driver or what they were compiled for."""
-    major, minor = torch.cuda.get_device_capability(index)
-    if major * 10 + minor < OLDEST:
-        return f"its kernels need compute capability 8.0, this card has {major}.{minor}"
+    """Why a card cannot run the kernels: its driver or what they were compiled for. Only asked of
+    the current one: it is then in use, which costs memory on the card."""
     try:
         load().module.require_kernels((index, 0))
     except RuntimeError as error:
