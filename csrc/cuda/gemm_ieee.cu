@@ -2,8 +2,8 @@
 // strides; the epilogue is that of gemm_epilogue.cuh.
 //
 // 256 threads compute a 64 x 64 tile, 4 x 4 sums each, from tiles of 16 along k that are fetched
-// into registers while the one before is used. A sum starts anew after kRun of k and is added to the
-// total: the error of a sum grows with its length.
+// into registers while the one before is used. A sum starts anew after kRun of k and is added to
+// the total: the error of a sum grows with its length.
 #include "gemm_epilogue.cuh"
 #include "kernels.h"
 #include "launch.cuh"
