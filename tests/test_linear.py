@@ -74,6 +74,12 @@ def test_linear_matches_fp64(backend, dtype, size):
     )
 
 
+@pytest.mark.parametrize("k", [2040, 8192])  # a weight gradient's k are the tokens
+def test_long_sums_match_fp64(backend, k):
+    x, w = torch.randn(12, k), torch.randn(16, k)
+    check_rule("y", linear(x, w), F.linear(x, w), F.linear(x.double(), w.double()))
+
+
 @pytest.mark.light(size=[(33, 70, 40)], dtype=LIGHT_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])

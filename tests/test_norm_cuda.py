@@ -26,7 +26,7 @@ COLUMNS = [768, 1024, 1280, 1536, 2048, 2304, 4096, 8192]
     ids=str,
 )
 def test_norm_of_exact_widths_matches_fp64(kind, cols, dtype, weight_dtype):
-    rows = 9  # groups that are not full, and one without a row
+    rows = 9  # blocks that are not full; backward, a group without a row
     weight, bias = (torch.randn(cols).to(weight_dtype) for _ in range(2))
     x = torch.full((rows, cols + 8), float("nan"), dtype=dtype)  # between rows
     x[:, :cols] = torch.randn(rows, cols) + 3.0
@@ -51,6 +51,18 @@ def test_norm_of_exact_widths_matches_fp64(kind, cols, dtype, weight_dtype):
             results.append([y, *gradients((y,), inputs[used])])
     for name, got, torchs, exact in zip(("y", "dx", "dw", "db"), *results, strict=False):
         check_rule(f"{kind} {name}", got, torchs, exact)
+
+
+# Forward groups take several rows from 1024 warps on: the next row is fetched, its addresses move.
+@pytest.mark.parametrize(("rows", "cols"), [(1030, 768), (259, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_many_rows_of_exact_widths_match_fp64(rows, cols, dtype):
+    wide = torch.full((rows, cols + 8), float("nan"), dtype=dtype)
+    wide[:, :cols] = torch.randn(rows, cols)
+    x, weight, bias = wide[:, :cols], *torch.randn(2, cols).to(dtype)
+    exact = functional.layer_norm(x.double(), (cols,), weight.double(), bias.double())
+    torchs = functional.layer_norm(x, (cols,), weight, bias)
+    check_rule("y", layer_norm(x, cols, weight, bias, backend="cuda"), torchs, exact)
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])

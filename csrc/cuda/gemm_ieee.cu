@@ -2,7 +2,8 @@
 // strides; the epilogue is that of gemm_epilogue.cuh.
 //
 // 256 threads compute a 64 x 64 tile, 4 x 4 sums each, from tiles of 16 along k that are fetched
-// into registers while the one before is used.
+// into registers while the one before is used. A sum starts anew after kRun of k and is added to
+// the total: the error of a sum grows with its length.
 #include "gemm_epilogue.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int kTile = 64;
 constexpr int kDepth = 16;
+constexpr int kRun = 256;
 constexpr int kThreads = 256;
 // Elements a thread fetches of each operand; a line of 68 floats keeps 16-byte alignment and puts
 // the 8 k x 4 rows that a warp stores at a time into 32 banks (4 k + row).
@@ -80,6 +82,17 @@ __device__ inline void multiply(const float* a, const float* b, int ty, int tx,
   }
 }
 
+__device__ inline void add_run(float (&total)[4][4], float (&sum)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      total[i][j] += sum[i][j];
+      sum[i][j] = 0.0f;
+    }
+  }
+}
+
 // Two blocks a multiprocessor at least: left to itself ptxas saves registers for four, and spills.
 __global__ void __launch_bounds__(kThreads, 2) gemm_ieee_kernel(const IeeeParams p) {
   float* a_lines = reinterpret_cast<float*>(shared_bytes);
@@ -88,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_ieee_kernel(const IeeeParams
   const int row0 = static_cast<int>(blockIdx.x) % p.tiles_m * kTile;
   const int col0 = static_cast<int>(blockIdx.x) / p.tiles_m * (kTile / parts);
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-  float sum[4][4] = {};
+  float total[4][4] = {}, sum[4][4] = {};
   float a[kFetch], b[kFetch];
   fetch(p.a, row0, 1, 0, p.k, a);
   fetch(p.b, col0, parts, 0, p.k, b);
@@ -102,13 +115,15 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_ieee_kernel(const IeeeParams
       fetch(p.b, col0, parts, k0 + kDepth, p.k, b);
     }
     multiply(a_lines, b_lines, ty, tx, sum);
+    if (k0 % kRun == kRun - kDepth) add_run(total, sum);
   }
+  add_run(total, sum);
   __syncthreads();
   const int c = tile_block<kTile>(p.epilogue.gated, tx / 2);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     *reinterpret_cast<float4*>(shared_bytes + tile_offset<kTile>(ty * 4 + i, c, tx % 2)) =
-        make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+        make_float4(total[i][0], total[i][1], total[i][2], total[i][3]);
   }
   __syncthreads();
   finish_tile<float, kTile, kTile, kThreads>(p.epilogue, shared_bytes, row0, p.m, col0, p.n);

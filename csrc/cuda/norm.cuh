@@ -7,8 +7,8 @@
 // another with the weights kept in registers. Rows longer than kMaxRowCols are read again for each
 // pass by a block of kLoopThreads (the *_loop kernels).
 //
-// Exact kernels (norm_exact.cuh) are for widths of which each thread has 24 or 32 columns: 768,
-// 1024, 1536, 2048, 3072, 4096, 5120, 8192.
+// Exact kernels (norm_exact.cuh) are for widths of which each thread has 24 or 32 columns:
+// multiples of 768 up to 6144 and of 1024 up to 8192. They lay columns out in their own way.
 #pragma once
 
 #include "common.cuh"
