@@ -27,7 +27,7 @@ struct GemmParams {
   int64_t m;
   int n, k;
   int tiles_m, tiles_n;
-  int part_k;      // of k for each part, a multiple of kLineBytes but in the last
+  int part_k;      // of k for each part, whole lines of shared memory but in the last
   float* partial;  // null, or [parts][m][tiles_n * kBlock]
   EpilogueParams epilogue;
 };
