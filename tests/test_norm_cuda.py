@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from norm_cases import check_add_norm
 from rule import check_rule, gradients, leaves
 from torch.nn import functional
 
-from llmkern import random, use_backend
-from llmkern.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmkern import use_backend
+from llmkern.functional import layer_norm, rms_norm
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 # Groups of 1, 2, 3, 4 and 8 warps with 3 or 4 packs of eight columns a thread; 1280 has neither.
@@ -69,31 +70,5 @@ def test_many_rows_of_exact_widths_match_fp64(rows, cols, dtype):
 @pytest.mark.parametrize(("rows", "cols"), [(700, 768), (5, 1024), (6, 4096)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_add_norm_of_exact_widths_matches_fp64(kind, rows, cols, dtype):
-    p = 0.3
     tensors = [torch.randn(shape).to(dtype) for shape in ((rows, cols),) * 2 + (cols, cols)]
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    seed = random.draw_seed(torch.device("cpu"))
-    factor = random.flat_keep_mask(seed, (rows, cols), p).double() * random.scale(p)
-
-    def ours(x, residual, weight, bias):
-        torch.set_rng_state(state)
-        if kind == "layer":
-            return add_layer_norm(x, residual, cols, weight, bias, dropout_p=p, prenorm=True)
-        return add_rms_norm(x, residual, cols, weight, 1e-5, dropout_p=p, prenorm=True)
-
-    def theirs(x, residual, weight, bias):
-        z = x * factor.to(x.dtype) + residual
-        if kind == "layer":
-            return functional.layer_norm(z, (cols,), weight, bias), z
-        return functional.rms_norm(z, (cols,), weight, 1e-5), z
-
-    used = slice(None) if kind == "layer" else slice(0, -1)
-    results = []
-    for function, dtype_of in ((ours, dtype), (theirs, dtype), (theirs, torch.float64)):
-        inputs = leaves(tensors, dtype_of)
-        with use_backend("cuda"):
-            outputs = function(*inputs)
-            results.append([*outputs, *gradients(outputs, inputs[used])])
-    for index, (got, torchs, exact) in enumerate(zip(*results, strict=True)):
-        check_rule(f"{kind} {index}", got, torchs, exact)
+    check_add_norm("cuda", kind, tensors, p=0.3)

@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from rule import check_rule, gradients, leaves
-from torch.nn import functional
+from norm_cases import check_add_norm
 
-from llmkern import random, use_backend
 from llmkern.backends.triton import _launch, norm, tiles_norm
-from llmkern.functional import add_layer_norm, add_rms_norm
 
 pytestmark = [
     pytest.mark.skipif(
@@ -35,36 +32,11 @@ def only_wide(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "dtype"), [("layer", torch.float32), ("rms", torch.bfloat16)])
 def test_wide_norm_matches_fp64(only_wide, kind, dtype):
-    rows, cols, p = 3, 139, 0.3
+    rows, cols = 3, 139
     assert tiles_norm.pick_forward(rows, cols, dtype.itemsize, 80).chunks == 0
     tensors = [torch.randn(shape).to(dtype) for shape in ((rows, cols),) * 2 + (cols, cols)]
     tensors[1] += 100.0  # a mean that a one-pass variance would not survive
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    seed = random.draw_seed(torch.device("cpu"))
-    factor = random.flat_keep_mask(seed, (rows, cols), p).double() * random.scale(p)
-
-    def ours(x, residual, weight, bias):
-        torch.set_rng_state(state)
-        if kind == "layer":
-            return add_layer_norm(x, residual, cols, weight, bias, dropout_p=p, prenorm=True)
-        return add_rms_norm(x, residual, cols, weight, 1e-5, dropout_p=p, prenorm=True)
-
-    def theirs(x, residual, weight, bias):
-        z = x * factor.to(x.dtype) + residual
-        if kind == "layer":
-            return functional.layer_norm(z, (cols,), weight, bias), z
-        return functional.rms_norm(z, (cols,), weight, 1e-5), z
-
-    used = slice(None) if kind == "layer" else slice(0, -1)
-    results = []
-    for function, dtype_of in ((ours, dtype), (theirs, dtype), (theirs, torch.float64)):
-        inputs = leaves(tensors, dtype_of)
-        with use_backend("triton"):
-            outputs = function(*inputs)
-            results.append([*outputs, *gradients(outputs, inputs[used])])
-    for index, (got, torchs, exact) in enumerate(zip(*results, strict=True)):
-        check_rule(f"{kind} {index}", got, torchs, exact)
+    check_add_norm("triton", kind, tensors, p=0.3)
 
 
 @pytest.mark.parametrize("pick", [tiles_norm.pick_forward, tiles_norm.pick_backward])

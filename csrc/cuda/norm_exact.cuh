@@ -161,8 +161,7 @@ template <class X, class T, class F>
 bool dispatch_exact(const NormShape& s, const RowPlan& plan, bool vector, F&& f) {
   if constexpr (std::is_same_v<X, T>) {
     constexpr int N = kPackOf<T>;
-    const bool known = s.weight_dtype == s.dtype || s.weight_dtype == DType::kFloat32;
-    if (!vector || !known || plan.exact == 0) return false;
+    if (!vector || plan.exact == 0) return false;
     plan.exact == 32 ? f(std::integral_constant<int, 32 / N>{})
                      : f(std::integral_constant<int, 24 / N>{});
     return true;
