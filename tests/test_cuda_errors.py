@@ -35,8 +35,8 @@ def without_driver(device, monkeypatch):
 
 def _norm_fwd(x, y) -> None:
     with _ext.Launch(x, SPEC) as launch:
-        arguments = (_ext.address(x), 8, 0, 0, 0, 0, 0, _ext.address(y), 0)
-        launch.norm_fwd(SHAPE, 0, *arguments)
+        arguments = (_ext.shown(x), 8, None, 0, None, None, None, _ext.shown(y), None)
+        launch.norm_fwd(SHAPE, None, *arguments)
 
 
 def test_a_kernel_that_a_check_stops_is_an_error_with_kernel_shape_and_reason(device):

@@ -1,4 +1,4 @@
-// Python sees the kernels as functions of raw addresses, sizes and strides. No torch header here or
+// Python sees the kernels as functions of tensors, sizes and strides. No torch header here or
 // below: one build serves every torch. All checking is done above, in llmkern/ops.
 #include <pybind11/pybind11.h>
 

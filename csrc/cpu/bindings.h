@@ -4,18 +4,13 @@
 #include <pybind11/pybind11.h>
 
 #include "kernel_table.h"
+#include "llmkern/bindings_tensor.h"
 
 namespace llmkern {
 
 namespace py = pybind11;
 
 const KernelTable& table();
-
-// An address as Python gives it: tensor.data_ptr(), 0 for "none".
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void bind_attention(py::module_& m);
 void bind_elementwise(py::module_& m);

@@ -32,7 +32,7 @@ AttentionShape shape_of(const py::tuple& t) {
   s.drop_threshold = t[13].cast<uint32_t>();
   s.drop_scale =
       s.drop_threshold < 65536 ? 65536.0f / static_cast<float>(65536 - s.drop_threshold) : 0.0f;
-  s.seed = pointer<const int64_t>(t[14].cast<uintptr_t>());
+  s.seed = pointer<const int64_t>(t[14].cast<TensorData>());
   return s;
 }
 
@@ -45,7 +45,7 @@ void copy_strides(const py::handle& from, int64_t (&to)[N]) {
 // (q, strides, k, strides, v, strides, bias, strides, mask, strides, key_mask, slopes, strides,
 // sinks)
 AttentionInputs inputs_of(const py::tuple& t) {
-  const auto at = [&](size_t i) { return t[i].cast<uintptr_t>(); };
+  const auto at = [&](size_t i) { return t[i].cast<TensorData>(); };
   AttentionInputs in{};
   in.q = pointer(at(0));
   copy_strides(t[1], in.q_stride);
@@ -64,8 +64,8 @@ AttentionInputs inputs_of(const py::tuple& t) {
   return in;
 }
 
-void forward(const py::tuple& shape, const py::tuple& inputs, uintptr_t out,
-             const Strides3& out_stride, uintptr_t lse, uintptr_t scratch) {
+void forward(const py::tuple& shape, const py::tuple& inputs, TensorData out,
+             const Strides3& out_stride, TensorData lse, TensorData scratch) {
   AttentionFwdArgs a{};
   a.shape = shape_of(shape);
   a.in = inputs_of(inputs);
@@ -77,27 +77,27 @@ void forward(const py::tuple& shape, const py::tuple& inputs, uintptr_t out,
   table().attention_fwd(a);
 }
 
-// Each of tensors and gradients is an address followed by strides: (out, dout) and (dq, dk, dv,
+// Each of tensors and gradients is a tensor followed by strides: (out, dout) and (dq, dk, dv,
 // dbias).
 void backward(const py::tuple& shape, const py::tuple& inputs, const py::tuple& tensors,
-              uintptr_t lse, uintptr_t dlse, const py::tuple& gradients, uintptr_t dsinks,
-              uintptr_t scratch) {
+              TensorData lse, TensorData dlse, const py::tuple& gradients, TensorData dsinks,
+              TensorData scratch) {
   AttentionBwdArgs a{};
   a.shape = shape_of(shape);
   a.in = inputs_of(inputs);
-  a.out = pointer(tensors[0].cast<uintptr_t>());
+  a.out = pointer(tensors[0].cast<TensorData>());
   copy_strides(tensors[1], a.out_stride);
-  a.dout = pointer(tensors[2].cast<uintptr_t>());
+  a.dout = pointer(tensors[2].cast<TensorData>());
   copy_strides(tensors[3], a.dout_stride);
   a.lse = pointer(lse);
   a.dlse = pointer(dlse);
-  a.dq = pointer(gradients[0].cast<uintptr_t>());
+  a.dq = pointer(gradients[0].cast<TensorData>());
   copy_strides(gradients[1], a.dq_stride);
-  a.dk = pointer(gradients[2].cast<uintptr_t>());
+  a.dk = pointer(gradients[2].cast<TensorData>());
   copy_strides(gradients[3], a.dk_stride);
-  a.dv = pointer(gradients[4].cast<uintptr_t>());
+  a.dv = pointer(gradients[4].cast<TensorData>());
   copy_strides(gradients[5], a.dv_stride);
-  a.dbias = pointer(gradients[6].cast<uintptr_t>());
+  a.dbias = pointer(gradients[6].cast<TensorData>());
   copy_strides(gradients[7], a.dbias_stride);
   a.dsinks = pointer<float>(dsinks);
   a.scratch = pointer(scratch);

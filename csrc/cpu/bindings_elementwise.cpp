@@ -3,8 +3,8 @@
 namespace llmkern {
 
 void bind_elementwise(py::module_& m) {
-  m.def("dropout", [](int dtype, int64_t rows, int64_t cols, uintptr_t x, int64_t x_stride,
-                      uintptr_t y, int64_t y_stride, uint32_t threshold, uintptr_t seed) {
+  m.def("dropout", [](int dtype, int64_t rows, int64_t cols, TensorData x, int64_t x_stride,
+                      TensorData y, int64_t y_stride, uint32_t threshold, TensorData seed) {
     const DropoutArgs a{static_cast<DType>(dtype),
                         rows,
                         cols,
@@ -17,8 +17,8 @@ void bind_elementwise(py::module_& m) {
     py::gil_scoped_release release;
     table().dropout(a);
   });
-  m.def("activation_fwd", [](int dtype, int activation, int64_t rows, int64_t cols, uintptr_t x,
-                             int64_t x_stride, uintptr_t y, int64_t y_stride) {
+  m.def("activation_fwd", [](int dtype, int activation, int64_t rows, int64_t cols, TensorData x,
+                             int64_t x_stride, TensorData y, int64_t y_stride) {
     const ActivationFwdArgs a{static_cast<DType>(dtype),
                               static_cast<Activation>(activation),
                               rows,
@@ -30,8 +30,8 @@ void bind_elementwise(py::module_& m) {
     py::gil_scoped_release release;
     table().activation_fwd(a);
   });
-  m.def("activation_bwd", [](int dtype, int activation, int64_t rows, int64_t cols, uintptr_t x,
-                             int64_t x_stride, uintptr_t dy, int64_t dy_stride, uintptr_t dx) {
+  m.def("activation_bwd", [](int dtype, int activation, int64_t rows, int64_t cols, TensorData x,
+                             int64_t x_stride, TensorData dy, int64_t dy_stride, TensorData dx) {
     const ActivationBwdArgs a{static_cast<DType>(dtype),
                               static_cast<Activation>(activation),
                               rows,

@@ -23,8 +23,8 @@ GemmShape shape_of(const Shape& t) {
 
 // (activation, bias, up bias, preact, up preact, residual, residual stride, drop threshold, seed,
 // y, y stride)
-using Epilogue = std::tuple<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
-                            uint32_t, uintptr_t, uintptr_t, int64_t>;
+using Epilogue = std::tuple<int, TensorData, TensorData, TensorData, TensorData, TensorData,
+                            int64_t, uint32_t, TensorData, TensorData, int64_t>;
 
 LinearEpilogue epilogue_of(const Epilogue& t) {
   return {static_cast<Activation>(std::get<0>(t)),
@@ -48,8 +48,8 @@ int64_t scratch_of(const Shape& shape) {
 
 void bind_linear(py::module_& m) {
   m.def("gemm_scratch", &scratch_of, "Bytes of scratch that gemm needs at the current threads.");
-  m.def("gemm", [](const Shape& shape, uintptr_t a, uintptr_t b, uintptr_t up,
-                   const Epilogue& epilogue, uintptr_t scratch) {
+  m.def("gemm", [](const Shape& shape, TensorData a, TensorData b, TensorData up,
+                   const Epilogue& epilogue, TensorData scratch) {
     const GemmArgs g{shape_of(shape),
                      pointer(a),
                      {pointer(b), pointer(up)},
@@ -58,8 +58,8 @@ void bind_linear(py::module_& m) {
     py::gil_scoped_release release;
     table().gemm(g);
   });
-  m.def("linear_epilogue", [](int dtype, int64_t rows, int64_t cols, uintptr_t product,
-                              uintptr_t up_product, const Epilogue& epilogue) {
+  m.def("linear_epilogue", [](int dtype, int64_t rows, int64_t cols, TensorData product,
+                              TensorData up_product, const Epilogue& epilogue) {
     const LinearEpilogueArgs a{static_cast<DType>(dtype),
                                rows,
                                cols,
@@ -69,9 +69,9 @@ void bind_linear(py::module_& m) {
     table().linear_epilogue(a);
   });
   m.def("linear_bwd",
-        [](int dtype, int64_t rows, int64_t cols, int activation, uintptr_t dy, int64_t dy_stride,
-           uintptr_t preact, uintptr_t up_preact, uint32_t drop_threshold, uintptr_t seed,
-           uintptr_t g, uintptr_t gu, uintptr_t dbias, uintptr_t dup_bias, uintptr_t scratch) {
+        [](int dtype, int64_t rows, int64_t cols, int activation, TensorData dy, int64_t dy_stride,
+           TensorData preact, TensorData up_preact, uint32_t drop_threshold, TensorData seed,
+           TensorData g, TensorData gu, TensorData dbias, TensorData dup_bias, TensorData scratch) {
           const LinearBwdArgs a{static_cast<DType>(dtype),
                                 rows,
                                 cols,

@@ -3,7 +3,7 @@
 namespace llmkern {
 namespace {
 
-NormShape with_seed(NormShape s, uintptr_t seed) {
+NormShape with_seed(NormShape s, TensorData seed) {
   s.seed = pointer<const int64_t>(seed);
   return s;
 }
@@ -11,15 +11,15 @@ NormShape with_seed(NormShape s, uintptr_t seed) {
 // A call of a microsecond: giving the interpreter away and taking it back would show.
 bool brief(const NormShape& s) { return s.rows * s.cols <= 4096; }
 
-// Statistics are [mean, rstd] x rows, or [rstd] x rows for RMSNorm: where each starts. Address 0:
+// Statistics are [mean, rstd] x rows, or [rstd] x rows for RMSNorm: where each starts. None where
 // there are none.
 struct Statistics {
   void *mean = nullptr, *rstd = nullptr;
-  Statistics(const NormShape& s, uintptr_t address) {
-    if (!address) return;
+  Statistics(const NormShape& s, TensorData tensor) {
+    if (!tensor) return;
     const int64_t bytes = s.rows * (s.dtype == DType::kFloat64 ? 8 : 4);
-    mean = s.rms ? nullptr : pointer(address);
-    rstd = pointer(s.rms ? address : address + static_cast<uintptr_t>(bytes));
+    mean = s.rms ? nullptr : pointer(tensor);
+    rstd = pointer(s.rms ? tensor.address : tensor.address + static_cast<uintptr_t>(bytes));
   }
 };
 
@@ -41,9 +41,9 @@ void bind_norm(py::module_& m) {
                          drop_threshold,
                          nullptr};
       }));
-  m.def("norm_fwd", [](const NormShape& shape, uintptr_t seed, uintptr_t x, int64_t x_stride,
-                       uintptr_t residual, int64_t residual_stride, uintptr_t weight,
-                       uintptr_t bias, uintptr_t z, uintptr_t y, uintptr_t statistics) {
+  m.def("norm_fwd", [](const NormShape& shape, TensorData seed, TensorData x, int64_t x_stride,
+                       TensorData residual, int64_t residual_stride, TensorData weight,
+                       TensorData bias, TensorData z, TensorData y, TensorData statistics) {
     const NormShape s = with_seed(shape, seed);
     const Statistics stats(s, statistics);
     const NormFwdArgs a{s,
@@ -61,30 +61,30 @@ void bind_norm(py::module_& m) {
     py::gil_scoped_release release;
     table().norm_fwd(a);
   });
-  m.def("norm_bwd",
-        [](const NormShape& shape, uintptr_t seed, uintptr_t z, int64_t z_stride, uintptr_t weight,
-           uintptr_t statistics, uintptr_t dy, int64_t dy_stride, uintptr_t dz, uintptr_t dx,
-           uintptr_t dresidual, uintptr_t dweight, uintptr_t dbias, uintptr_t scratch) {
-          const NormShape s = with_seed(shape, seed);
-          const Statistics stats(s, statistics);
-          const NormBwdArgs a{s,
-                              pointer(z),
-                              z_stride,
-                              pointer(weight),
-                              stats.mean,
-                              stats.rstd,
-                              pointer(dy),
-                              dy_stride,
-                              pointer(dz),
-                              pointer(dx),
-                              pointer(dresidual),
-                              pointer(dweight),
-                              pointer(dbias),
-                              pointer(scratch)};
-          if (brief(s)) return table().norm_bwd(a);
-          py::gil_scoped_release release;
-          table().norm_bwd(a);
-        });
+  m.def("norm_bwd", [](const NormShape& shape, TensorData seed, TensorData z, int64_t z_stride,
+                       TensorData weight, TensorData statistics, TensorData dy, int64_t dy_stride,
+                       TensorData dz, TensorData dx, TensorData dresidual, TensorData dweight,
+                       TensorData dbias, TensorData scratch) {
+    const NormShape s = with_seed(shape, seed);
+    const Statistics stats(s, statistics);
+    const NormBwdArgs a{s,
+                        pointer(z),
+                        z_stride,
+                        pointer(weight),
+                        stats.mean,
+                        stats.rstd,
+                        pointer(dy),
+                        dy_stride,
+                        pointer(dz),
+                        pointer(dx),
+                        pointer(dresidual),
+                        pointer(dweight),
+                        pointer(dbias),
+                        pointer(scratch)};
+    if (brief(s)) return table().norm_bwd(a);
+    py::gil_scoped_release release;
+    table().norm_bwd(a);
+  });
   m.def(
       "norm_bwd_scratch",
       [](int64_t rows, int64_t cols) { return 2 * cols * norm_bwd_chunks(rows); },

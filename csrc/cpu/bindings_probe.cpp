@@ -3,7 +3,7 @@
 namespace llmkern {
 
 void bind_probe(py::module_& m) {
-  m.def("probe_fma", [](int dtype, int64_t iterations, uintptr_t values) {
+  m.def("probe_fma", [](int dtype, int64_t iterations, TensorData values) {
     int64_t flops = 0;
     const ProbeFmaArgs a{static_cast<DType>(dtype), iterations, pointer(values), &flops};
     {
@@ -12,7 +12,7 @@ void bind_probe(py::module_& m) {
     }
     return flops;
   });
-  m.def("probe_move", [](int move, uintptr_t src, uintptr_t dst, int64_t n, int64_t repeats) {
+  m.def("probe_move", [](int move, TensorData src, TensorData dst, int64_t n, int64_t repeats) {
     const ProbeMoveArgs a{static_cast<ProbeMove>(move), pointer<const float>(src),
                           pointer<float>(dst), n, repeats};
     py::gil_scoped_release release;

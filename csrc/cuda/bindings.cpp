@@ -1,4 +1,4 @@
-// Python sees the launchers as functions of raw addresses, sizes, strides and a place. No torch
+// Python sees the launchers as functions of tensors, sizes, strides and a place. No torch
 // header here or below. All checking is done above, in llmkern/ops; a failed launch is a
 // RuntimeError that names the kernel. Compiled once for each module name (tools/cuda_build.py).
 #include "bindings.h"

@@ -4,16 +4,11 @@
 #include <pybind11/pybind11.h>
 
 #include "kernels.h"
+#include "llmkern/bindings_tensor.h"
 
 namespace llmkern {
 
 namespace py = pybind11;
-
-// An address as Python gives it: tensor.data_ptr(), 0 for "none".
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // (device index, stream handle)
 inline Place place_of(const py::tuple& t) {

@@ -24,14 +24,14 @@ AttentionShape shape_of(const py::tuple& t) {
   s.left = size(10);
   s.right = size(11);
   s.drop_threshold = t[12].cast<uint32_t>();
-  s.seed = pointer<const int64_t>(t[13].cast<uintptr_t>());
+  s.seed = pointer<const int64_t>(t[13].cast<TensorData>());
   return s;
 }
 
-// An address and its strides (batch, head, row), at i and i + 1 of a tuple.
+// A tensor and its strides (batch, head, row), at i and i + 1 of a tuple.
 template <class P>
 void tensor_at(const py::tuple& t, size_t i, P*& data, int64_t (&stride)[3]) {
-  data = pointer<P>(t[i].cast<uintptr_t>());
+  data = pointer<P>(t[i].cast<TensorData>());
   const auto strides = t[i + 1].cast<std::array<int64_t, 3>>();
   for (size_t n = 0; n < 3; ++n) stride[n] = strides[n];
 }
@@ -42,12 +42,12 @@ AttentionInputs inputs_of(const py::tuple& t) {
   tensor_at(t, 0, in.q, in.q_stride);
   tensor_at(t, 2, in.k, in.k_stride);
   tensor_at(t, 4, in.v, in.v_stride);
-  in.key_mask = pointer<const uint8_t>(t[6].cast<uintptr_t>());
+  in.key_mask = pointer<const uint8_t>(t[6].cast<TensorData>());
   return in;
 }
 
 void forward(const py::tuple& place, const py::tuple& shape, const py::tuple& inputs,
-             const py::tuple& out, uintptr_t lse) {
+             const py::tuple& out, TensorData lse) {
   AttentionFwdArgs a{};
   a.shape = shape_of(shape);
   a.in = inputs_of(inputs);
@@ -56,10 +56,10 @@ void forward(const py::tuple& place, const py::tuple& shape, const py::tuple& in
   attention_fwd(a, place_of(place));
 }
 
-// tensors: out and dout; gradients: dq, dk, dv, address 0 where not wanted.
+// tensors: out and dout; gradients: dq, dk, dv, None where not wanted.
 void backward(const py::tuple& place, const py::tuple& shape, const py::tuple& inputs,
-              const py::tuple& tensors, uintptr_t lse, uintptr_t dlse, const py::tuple& gradients,
-              uintptr_t scratch) {
+              const py::tuple& tensors, TensorData lse, TensorData dlse, const py::tuple& gradients,
+              TensorData scratch) {
   AttentionBwdArgs a{};
   a.shape = shape_of(shape);
   a.in = inputs_of(inputs);

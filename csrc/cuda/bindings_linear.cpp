@@ -23,8 +23,8 @@ GemmShape shape_of(const Shape& t) {
 
 // (activation, bias, up bias, preact, up preact, residual, residual stride, drop threshold, seed,
 // y, y stride)
-using Epilogue = std::tuple<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
-                            uint32_t, uintptr_t, uintptr_t, int64_t>;
+using Epilogue = std::tuple<int, TensorData, TensorData, TensorData, TensorData, TensorData,
+                            int64_t, uint32_t, TensorData, TensorData, int64_t>;
 
 LinearEpilogue epilogue_of(const Epilogue& t) {
   return {static_cast<Activation>(std::get<0>(t)),
@@ -38,8 +38,8 @@ LinearEpilogue epilogue_of(const Epilogue& t) {
           std::get<10>(t)};
 }
 
-void product(const py::tuple& place, const Shape& shape, uintptr_t a, uintptr_t b, uintptr_t up,
-             const Epilogue& epilogue, bool tf32, uintptr_t scratch) {
+void product(const py::tuple& place, const Shape& shape, TensorData a, TensorData b, TensorData up,
+             const Epilogue& epilogue, bool tf32, TensorData scratch) {
   gemm({shape_of(shape),
         pointer(a),
         {pointer(b), pointer(up)},
@@ -49,9 +49,9 @@ void product(const py::tuple& place, const Shape& shape, uintptr_t a, uintptr_t 
 }
 
 void backward(const py::tuple& place, int dtype, int64_t rows, int64_t cols, int activation,
-              uintptr_t dy, int64_t dy_stride, uintptr_t preact, uintptr_t up_preact,
-              uint32_t drop_threshold, uintptr_t seed, uintptr_t g, uintptr_t gu, uintptr_t dbias,
-              uintptr_t dup_bias, uintptr_t scratch) {
+              TensorData dy, int64_t dy_stride, TensorData preact, TensorData up_preact,
+              uint32_t drop_threshold, TensorData seed, TensorData g, TensorData gu,
+              TensorData dbias, TensorData dup_bias, TensorData scratch) {
   linear_bwd({static_cast<DType>(dtype),
               rows,
               cols,

@@ -5,7 +5,7 @@ namespace {
 
 // (dtype, x_dtype, weight_dtype, rows, cols, eps, rms, unit_offset, drop_threshold), made once for
 // a spec by backends/cuda/norm.py.
-NormShape shape_of(const py::tuple& t, uintptr_t seed) {
+NormShape shape_of(const py::tuple& t, TensorData seed) {
   return {static_cast<DType>(t[0].cast<int>()),
           static_cast<DType>(t[1].cast<int>()),
           static_cast<DType>(t[2].cast<int>()),
@@ -21,16 +21,17 @@ NormShape shape_of(const py::tuple& t, uintptr_t seed) {
 // Statistics are [mean, rstd] x rows, or [rstd] x rows for RMSNorm: where each starts.
 struct Statistics {
   void *mean = nullptr, *rstd = nullptr;
-  Statistics(const NormShape& s, uintptr_t address) {
-    if (!address) return;
-    mean = s.rms ? nullptr : pointer(address);
-    rstd = pointer(s.rms ? address : address + static_cast<uintptr_t>(s.rows) * sizeof(float));
+  Statistics(const NormShape& s, TensorData tensor) {
+    if (!tensor) return;
+    mean = s.rms ? nullptr : pointer(tensor);
+    rstd = pointer(s.rms ? tensor.address
+                         : tensor.address + static_cast<uintptr_t>(s.rows) * sizeof(float));
   }
 };
 
-void forward(const py::tuple& place, const py::tuple& shape, uintptr_t seed, uintptr_t x,
-             int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t weight,
-             uintptr_t bias, uintptr_t z, uintptr_t y, uintptr_t statistics) {
+void forward(const py::tuple& place, const py::tuple& shape, TensorData seed, TensorData x,
+             int64_t x_stride, TensorData residual, int64_t residual_stride, TensorData weight,
+             TensorData bias, TensorData z, TensorData y, TensorData statistics) {
   const NormShape s = shape_of(shape, seed);
   const Statistics stats(s, statistics);
   norm_fwd({s, pointer(x), x_stride, pointer(residual), residual_stride, pointer(weight),
@@ -38,10 +39,10 @@ void forward(const py::tuple& place, const py::tuple& shape, uintptr_t seed, uin
            place_of(place));
 }
 
-void backward(const py::tuple& place, const py::tuple& shape, uintptr_t seed, uintptr_t z,
-              int64_t z_stride, uintptr_t weight, uintptr_t statistics, uintptr_t dy,
-              int64_t dy_stride, uintptr_t dz, uintptr_t dx, uintptr_t dresidual, uintptr_t dweight,
-              uintptr_t dbias, uintptr_t scratch) {
+void backward(const py::tuple& place, const py::tuple& shape, TensorData seed, TensorData z,
+              int64_t z_stride, TensorData weight, TensorData statistics, TensorData dy,
+              int64_t dy_stride, TensorData dz, TensorData dx, TensorData dresidual,
+              TensorData dweight, TensorData dbias, TensorData scratch) {
   const NormShape s = shape_of(shape, seed);
   const Statistics stats(s, statistics);
   norm_bwd({s, pointer(z), z_stride, pointer(weight), stats.mean, stats.rstd, pointer(dy),

@@ -97,7 +97,7 @@ class Peaks:
         probe, code = self._extension, _DTYPE_CODES[dtype]
         values = torch.rand(threads * probe.PROBE_VALUES_PER_THREAD, dtype=torch.float64)
         with _selected(probe, isa), _threads(threads):
-            return _best_rate(lambda n: probe.probe_fma(code, n, values.data_ptr()), start=10_000)
+            return _best_rate(lambda n: probe.probe_fma(code, n, values), start=10_000)
 
     def _measure_bandwidth(self, move: str, nbytes: int, threads: int) -> float:
         assert self._extension is not None
@@ -108,7 +108,7 @@ class Peaks:
         source, target = _aligned(n), _aligned(max(n, lane * threads))
 
         def repeat(times: int) -> float:
-            probe.probe_move(code, source.data_ptr(), target.data_ptr(), n, times)
+            probe.probe_move(code, source, target, n, times)
             return float(n * 4 * moves * times)
 
         with _selected(probe, probe.isa_names()[0]), _threads(threads):

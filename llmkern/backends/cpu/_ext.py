@@ -90,8 +90,3 @@ def plane_of(t: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
         if not flat.is_contiguous():
             return flat, flat.shape[0], flat.shape[1], flat.stride(0)
     return t.contiguous(), 1, t.numel(), t.numel()
-
-
-def address(t: torch.Tensor | None) -> int:
-    """The address that the bindings take; 0 for None."""
-    return 0 if t is None else t.data_ptr()

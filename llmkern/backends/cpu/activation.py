@@ -38,9 +38,9 @@ def forward(spec: ActivationSpec, x: Tensor, inplace: bool) -> Tensor:
         CODES[spec.activation],
         rows,
         cols,
-        flat.data_ptr(),
+        flat,
         stride,
-        y.data_ptr(),
+        y,
         y_stride,
     )
     if inplace:
@@ -64,10 +64,10 @@ def backward(spec: ActivationSpec, dy: Tensor, x: Tensor) -> Tensor:
         CODES[spec.activation],
         rows,
         cols,
-        x_flat.data_ptr(),
+        x_flat,
         x_stride,
-        dy_flat.data_ptr(),
+        dy_flat,
         dy_stride,
-        dx.data_ptr(),
+        dx,
     )
     return dx

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkern import numerics, random
 from llmkern.backends.cpu import _ext
-from llmkern.backends.cpu._ext import DTYPE_CODES, address
+from llmkern.backends.cpu._ext import DTYPE_CODES
 from llmkern.specs import AttentionSpec
 
 
@@ -18,7 +18,7 @@ def _shape(spec: AttentionSpec, seed: Tensor | None) -> tuple:
     threshold = random.threshold(spec.dropout_p) if spec.dropout_p else 0
     return (DTYPE_CODES[spec.dtype], spec.batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len,
             spec.head_dim, spec.value_dim, spec.scale, spec.softcap, spec.shift, spec.left,
-            spec.right, threshold, address(seed))  # fmt: skip
+            spec.right, threshold, seed)  # fmt: skip
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -26,50 +26,46 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()
 
 
-def _broadcast(t: Tensor | None, spec: AttentionSpec) -> tuple[int, tuple[int, ...]]:
-    """Address and strides over [B, H, S, T], 0 where `t` has one element."""
+def _broadcast(t: Tensor | None, spec: AttentionSpec) -> tuple[Tensor | None, tuple[int, ...]]:
+    """A tensor and its strides over [B, H, S, T], 0 where `t` has one element."""
     if t is None:
-        return 0, (0, 0, 0, 0)
+        return None, (0, 0, 0, 0)
     sizes = (spec.batch, spec.heads, spec.q_len, spec.kv_len)
-    return t.data_ptr(), t.expand(sizes).stride()
+    return t, t.expand(sizes).stride()
 
 
-class _Inputs:
-    """What bindings_attention.cpp calls inputs, and the tensors that it points into."""
-
-    def __init__(
-        self,
-        spec: AttentionSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        key_mask: Tensor | None,
-        slopes: Tensor | None,
-        sinks: Tensor | None,
-    ):
-        q, k, v = _rows(q), _rows(k), _rows(v)
-        if key_mask is not None:
-            key_mask = key_mask.expand(spec.batch, spec.kv_len).contiguous()
-        slopes_stride = (0, 0)
-        if slopes is not None:
-            slopes_stride = slopes.expand(spec.batch, spec.heads).stride()
-        if sinks is not None:
-            sinks = sinks.contiguous()
-        if bias is not None:
-            bias = bias.resolve_neg()  # z.conj().imag is a strided view to be negated
-        self.alive = (q, k, v, bias, key_mask, sinks)
-        self.codes = (
-            *(q.data_ptr(), q.stride()[:3]),
-            *(k.data_ptr(), k.stride()[:3]),
-            *(v.data_ptr(), v.stride()[:3]),
-            *_broadcast(bias, spec),
-            *_broadcast(mask, spec),
-            address(key_mask),
-            *(address(slopes), slopes_stride),
-            address(sinks),
-        )
+def _inputs(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple:
+    """What bindings_attention.cpp calls inputs."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    if key_mask is not None:
+        key_mask = key_mask.expand(spec.batch, spec.kv_len).contiguous()
+    slopes_stride = (0, 0)
+    if slopes is not None:
+        slopes_stride = slopes.expand(spec.batch, spec.heads).stride()
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    if bias is not None:
+        bias = bias.resolve_neg()  # z.conj().imag is a strided view to be negated
+    return (
+        *(q, q.stride()[:3]),
+        *(k, k.stride()[:3]),
+        *(v, v.stride()[:3]),
+        *_broadcast(bias, spec),
+        *_broadcast(mask, spec),
+        key_mask,
+        *(slopes, slopes_stride),
+        sinks,
+    )
 
 
 def forward(
@@ -86,7 +82,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     module = _ext.load().module
     shape = _shape(spec, seed)
-    inputs = _Inputs(spec, q, k, v, bias, mask, key_mask, slopes, sinks)
+    inputs = _inputs(spec, q, k, v, bias, mask, key_mask, slopes, sinks)
     b, h, s = spec.batch, spec.heads, spec.q_len
     out = spec.new_out(q)
     lse = torch.empty(b, h, s, dtype=numerics.compute_dtype(spec.dtype), device="cpu")
@@ -95,11 +91,11 @@ def forward(
     )
     module.attention_fwd(
         shape,
-        inputs.codes,
-        out.data_ptr(),
+        inputs,
+        out,
         out.stride()[:3],
-        lse.data_ptr(),
-        scratch.data_ptr(),
+        lse,
+        scratch,
     )
     return out, lse
 
@@ -136,7 +132,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     module = _ext.load().module
     shape = _shape(spec, seed)
-    inputs = _Inputs(spec, q, k, v, bias, mask, key_mask, slopes, sinks)
+    inputs = _inputs(spec, q, k, v, bias, mask, key_mask, slopes, sinks)
     dout, out, lse = _rows(dout), _rows(out), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     pairs = [_gradient(*of) for of in zip(wants[:3], (q, k, v), (dq, dk, dv), strict=True)]
@@ -144,19 +140,19 @@ def backward(
     dsinks = torch.empty(spec.heads, dtype=torch.float32, device="cpu") if wants[4] else None
     codes = []
     for rows, _ in pairs:
-        codes += (0, (0, 0, 0)) if rows is None else (rows.data_ptr(), rows.stride()[:3])
+        codes += (None, (0, 0, 0)) if rows is None else (rows, rows.stride()[:3])
     scratch = torch.empty(
         module.attention_bwd_scratch_bytes(shape) // 4, dtype=torch.float32, device="cpu"
     )
     module.attention_bwd(
         shape,
-        inputs.codes,
-        (out.data_ptr(), out.stride()[:3], dout.data_ptr(), dout.stride()[:3]),
-        lse.data_ptr(),
-        address(dlse),
+        inputs,
+        (out, out.stride()[:3], dout, dout.stride()[:3]),
+        lse,
+        dlse,
         (*codes, *_broadcast(dbias, spec)),
-        address(dsinks),
-        scratch.data_ptr(),
+        dsinks,
+        scratch,
     )
     for rows, result in pairs:
         if rows is not None and rows is not result:

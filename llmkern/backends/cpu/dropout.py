@@ -24,12 +24,12 @@ def forward(spec: DropoutSpec, x: Tensor, seed: Tensor, inplace: bool) -> Tensor
         DTYPE_CODES[spec.dtype],
         rows,
         cols,
-        flat.data_ptr(),
+        flat,
         stride,
-        out.data_ptr(),
+        out,
         out_stride,
         random.threshold(spec.p),
-        seed.data_ptr(),
+        seed,
     )
     if inplace and out.data_ptr() != x.data_ptr():
         return x.copy_(out.view(x.shape))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmkern import numerics, random
 from llmkern.backends.cpu import _ext, tiles
-from llmkern.backends.cpu._ext import DTYPE_CODES, address, rows_of
+from llmkern.backends.cpu._ext import DTYPE_CODES, rows_of
 from llmkern.specs import LinearSpec
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -34,9 +34,9 @@ class _Epilogue(NamedTuple):
     def arguments(self, y: Tensor, cols: int) -> tuple:
         residual_stride = 0 if self.residual is None else self.residual.stride(0)
         return (
-            ACTIVATION_CODES[self.activation], address(self.bias), address(self.up_bias),
-            address(self.preact), address(self.up_preact), address(self.residual),
-            residual_stride, self.threshold, address(self.seed), y.data_ptr(), cols,
+            ACTIVATION_CODES[self.activation], self.bias, self.up_bias,
+            self.preact, self.up_preact, self.residual,
+            residual_stride, self.threshold, self.seed, y, cols,
         )  # fmt: skip
 
 
@@ -62,8 +62,7 @@ def _own_gemm(a: Tensor, b: Tensor, up: Tensor | None, epilogue: _Epilogue, y: T
     up_stride = (0, 0) if up is None else up.stride()
     shape = (DTYPE_CODES[a.dtype], m, n, k, *a.stride(), *b.stride(), *up_stride, up is not None)
     scratch = torch.empty(module.gemm_scratch(shape), dtype=torch.uint8, device="cpu")
-    module.gemm(shape, a.data_ptr(), b.data_ptr(), address(up), epilogue.arguments(y, n),
-                scratch.data_ptr())  # fmt: skip
+    module.gemm(shape, a, b, up, epilogue.arguments(y, n), scratch)
 
 
 def _torch_gemm(choice: str, a: Tensor, b: Tensor) -> Tensor:
@@ -124,9 +123,8 @@ def forward(
     if choice == tiles.OWN:
         _own_gemm(a, weight, up_weight, epilogue, y)
     elif _something_to_do(spec):
-        addresses = [product.data_ptr() for product in products]
         _ext.load().module.linear_epilogue(
-            DTYPE_CODES[x.dtype], rows, cols, *addresses, *[0] * (2 - parts),
+            DTYPE_CODES[x.dtype], rows, cols, *products, *[None] * (2 - parts),
             epilogue.arguments(y, cols),
         )  # fmt: skip
     empty = [torch.empty(0, dtype=x.dtype, device="cpu") for _ in range(2 - len(kept))]
@@ -193,16 +191,16 @@ def _product_gradients(
         rows,
         cols,
         ACTIVATION_CODES[spec.activation],
-        dy_rows.data_ptr(),
+        dy_rows,
         dy_stride,
-        preact.data_ptr() if spec.activation is not None else 0,
-        up_preact.data_ptr() if spec.gated else 0,
+        preact if spec.activation is not None else None,
+        up_preact if spec.gated else None,
         random.threshold(spec.dropout_p) if spec.dropout_p else 0,
-        address(seed),
-        address(g),
-        address(gu),
-        dbias.data_ptr() if wants[3] else 0,
-        dup_bias.data_ptr() if wants[4] else 0,
-        scratch.data_ptr(),
+        seed,
+        g,
+        gu,
+        dbias if wants[3] else None,
+        dup_bias if wants[4] else None,
+        scratch,
     )
     return (dy.reshape(rows, cols) if g is None else g), gu, dbias, dup_bias

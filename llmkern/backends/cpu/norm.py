@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmkern import numerics, random
 from llmkern.backends.cpu import _ext
-from llmkern.backends.cpu._ext import DTYPE_CODES, address, rows_of
+from llmkern.backends.cpu._ext import DTYPE_CODES, rows_of
 from llmkern.specs import NormSpec
 
 _FEW_ELEMENTS = 16384  # 64 KiB of float32: backward finds them in the second-level cache again
@@ -64,8 +64,8 @@ def forward(
         wide = numerics.compute_dtype(spec.dtype)
         statistics = torch.empty(1 if spec.rms else 2, rows, dtype=wide, device="cpu")
     _ext.load().module.norm_fwd(
-        _shape(spec), address(seed), x.data_ptr(), x_stride, address(residual), residual_stride,
-        address(weight), address(bias), address(z), y.data_ptr(), address(statistics),
+        _shape(spec), seed, x, x_stride, residual, residual_stride,
+        weight, bias, z, y, statistics,
     )  # fmt: skip
     return y, z, statistics
 
@@ -80,20 +80,11 @@ def bind(spec: NormSpec) -> Callable:
     shape, cols = _shape(spec), spec.cols
 
     def small(x, residual, weight, bias, seed):
-        weight_address = bias_address = 0
-        if weight is not None:
-            if not weight.is_contiguous():
+        for t in (x, weight, bias):
+            if t is not None and not t.is_contiguous():
                 return general(x, residual, weight, bias, seed)
-            weight_address = weight.data_ptr()
-        if bias is not None:
-            if not bias.is_contiguous():
-                return general(x, residual, weight, bias, seed)
-            bias_address = bias.data_ptr()
-        if not x.is_contiguous():
-            return general(x, residual, weight, bias, seed)
         y = empty_like(x)
-        norm_fwd(shape, 0, x.data_ptr(), cols, 0, 0, weight_address, bias_address, 0, y.data_ptr(),
-                 0)  # fmt: skip
+        norm_fwd(shape, None, x, cols, None, 0, weight, bias, None, y, None)
         return y, None, None
 
     return small
@@ -128,18 +119,18 @@ def backward(
         scratch = torch.empty(size, dtype=numerics.compute_dtype(spec.dtype), device="cpu")
     module.norm_bwd(
         _shape(spec),
-        address(seed),
-        z_rows.data_ptr(),
+        seed,
+        z_rows,
         z_stride,
-        address(weight),
-        address(statistics),
-        dy_rows.data_ptr(),
+        weight,
+        statistics,
+        dy_rows,
         dy_stride,
-        address(dz),
-        address(dx),
-        address(dresidual),
-        address(dweight),
-        address(dbias),
-        address(scratch),
+        dz,
+        dx,
+        dresidual,
+        dweight,
+        dbias,
+        scratch,
     )
     return dx, dresidual, dweight, dbias

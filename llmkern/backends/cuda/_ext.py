@@ -106,7 +106,7 @@ class Launch:
     """A module's functions on the device and the current stream of a tensor.
 
         with Launch(x, spec) as launch:
-            launch.norm_fwd(address(x), ...)
+            launch.norm_fwd(shown(x), ...)
 
     Raises:
         BackendError: a launch failed; names the kernel, the call and what the runtime said.
@@ -143,14 +143,12 @@ class Launch:
         return run
 
 
-def address(t: Tensor | None) -> int:
-    """The address that the bindings take; 0 for None. Until the Launch ends, emulated kernels may
-    touch the tensor."""
-    if t is None:
-        return 0
-    if t.is_cpu:
+def shown(t: Tensor | None) -> Tensor | None:
+    """`t`, which until the Launch ends emulated kernels may touch. The bindings take the tensor
+    itself, so that it lives until the call is over."""
+    if t is not None and t.is_cpu:
         target.show(t)
-    return t.data_ptr()
+    return t
 
 
 def rows_of(t: Tensor, rows: int, cols: int) -> tuple[Tensor, int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmkern import random
 from llmkern.backends.cuda import _ext
-from llmkern.backends.cuda._ext import DTYPE_CODES, Launch, address, contiguous
+from llmkern.backends.cuda._ext import DTYPE_CODES, Launch, contiguous, shown
 from llmkern.specs import AttentionSpec
 
 _MAX_DIM = 128
@@ -44,7 +44,7 @@ def _shape(spec: AttentionSpec, seed: Tensor | None) -> tuple:
     threshold = random.threshold(spec.dropout_p) if spec.dropout_p else 0
     return (DTYPE_CODES[spec.dtype], spec.batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len,
             spec.head_dim, spec.value_dim, spec.scale, spec.shift, spec.left, spec.right, threshold,
-            address(seed))  # fmt: skip
+            shown(seed))  # fmt: skip
 
 
 def _readable(t: Tensor) -> bool:
@@ -60,17 +60,14 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _code(t: Tensor | None) -> tuple:
-    return (0, (0, 0, 0)) if t is None else (address(t), t.stride()[:3])
+    return (None, (0, 0, 0)) if t is None else (shown(t), t.stride()[:3])
 
 
-def _inputs(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
-) -> tuple[tuple, tuple]:
-    """What bindings_attention.cpp calls inputs, and the tensors to keep alive during the call."""
-    alive = (_rows(q), _rows(k), _rows(v))
+def _inputs(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple:
+    """What bindings_attention.cpp calls inputs."""
     if key_mask is not None:
         key_mask = key_mask.expand(spec.batch, spec.kv_len).contiguous()
-    return (*(part for t in alive for part in _code(t)), address(key_mask)), (*alive, key_mask)
+    return (*(part for t in (q, k, v) for part in _code(_rows(t))), shown(key_mask))
 
 
 def forward(
@@ -85,13 +82,12 @@ def forward(
     sinks: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    codes, alive = _inputs(spec, q, k, v, key_mask)
+    inputs = _inputs(spec, q, k, v, key_mask)
     b, h, s = spec.batch, spec.heads, spec.q_len
     out = spec.new_out(q)
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
     with Launch(q, spec) as launch:
-        launch.attention_fwd(_shape(spec, seed), codes, _code(out), address(lse))
-    del alive
+        launch.attention_fwd(_shape(spec, seed), inputs, _code(out), shown(lse))
     return out, lse
 
 
@@ -125,7 +121,7 @@ def backward(
     dk: Tensor | None = None,
     dv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    codes, alive = _inputs(spec, q, k, v, key_mask)
+    inputs = _inputs(spec, q, k, v, key_mask)
     out, dout, lse, dlse = _rows(out), _rows(dout), lse.contiguous(), contiguous(dlse)
     pairs = [_gradient(*of) for of in zip(wants[:3], (q, k, v), (dq, dk, dv), strict=True)]
     shape = _shape(spec, seed)
@@ -134,14 +130,13 @@ def backward(
         scratch = torch.empty(size, dtype=torch.float32, device=q.device)
         launch.attention_bwd(
             shape,
-            codes,
+            inputs,
             (*_code(out), *_code(dout)),
-            address(lse),
-            address(dlse),
+            shown(lse),
+            shown(dlse),
             tuple(part for rows, _ in pairs for part in _code(rows)),
-            address(scratch),
+            shown(scratch),
         )
-    del alive
     for rows, result in pairs:
         if rows is not None and rows is not result:
             result.copy_(rows)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmkern import random
 from llmkern.backends.cuda import _ext
-from llmkern.backends.cuda._ext import DTYPE_CODES, Launch, address, contiguous, rows_of
+from llmkern.backends.cuda._ext import DTYPE_CODES, Launch, contiguous, rows_of, shown
 from llmkern.precision import tf32_allowed
 from llmkern.specs import LinearSpec
 
@@ -81,14 +81,14 @@ def _gemm(
     up_stride = (0, 0) if up is None else up.stride()
     shape = (DTYPE_CODES[a.dtype], m, n, k, *a.stride(), *b.stride(), *up_stride, up is not None)
     epilogue = (
-        ACTIVATION_CODES[activation], address(bias[0]), address(bias[1]), address(preact[0]),
-        address(preact[1]), address(residual), 0 if residual is None else residual.stride(0),
-        threshold, address(seed), address(y), n,
+        ACTIVATION_CODES[activation], shown(bias[0]), shown(bias[1]), shown(preact[0]),
+        shown(preact[1]), shown(residual), 0 if residual is None else residual.stride(0),
+        threshold, shown(seed), shown(y), n,
     )  # fmt: skip
     tf32 = _tf32(a)
     size = launch.module.gemm_scratch(DTYPE_CODES[a.dtype], m, n, k, up is not None, tf32)
     scratch = torch.empty(size, dtype=torch.float32, device=a.device) if size else None
-    launch.gemm(shape, address(a), address(b), address(up), epilogue, tf32, address(scratch))
+    launch.gemm(shape, shown(a), shown(b), shown(up), epilogue, tf32, shown(scratch))
     return y
 
 
@@ -192,16 +192,16 @@ def _product_gradients(
         rows,
         cols,
         ACTIVATION_CODES[spec.activation],
-        address(dy_rows),
+        shown(dy_rows),
         dy_stride,
-        address(preact) if spec.activation is not None else 0,
-        address(up_preact) if spec.gated else 0,
+        shown(preact) if spec.activation is not None else None,
+        shown(up_preact) if spec.gated else None,
         random.threshold(spec.dropout_p) if spec.dropout_p else 0,
-        address(seed),
-        address(g),
-        address(gu),
-        address(dbias) if wants[3] else 0,
-        address(dup_bias) if wants[4] else 0,
-        address(scratch),
+        shown(seed),
+        shown(g),
+        shown(gu),
+        shown(dbias) if wants[3] else None,
+        shown(dup_bias) if wants[4] else None,
+        shown(scratch),
     )
     return (dy.reshape(rows, cols) if g is None else g), gu, dbias, dup_bias

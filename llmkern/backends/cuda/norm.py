@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkern import random
 from llmkern.backends.cuda import _ext
-from llmkern.backends.cuda._ext import DTYPE_CODES, Launch, address, contiguous, rows_of
+from llmkern.backends.cuda._ext import DTYPE_CODES, Launch, contiguous, rows_of, shown
 from llmkern.specs import NormSpec
 
 
@@ -46,16 +46,16 @@ def forward(
     with Launch(x, spec) as launch:
         launch.norm_fwd(
             _shape(spec),
-            address(seed),
-            address(x_rows),
+            shown(seed),
+            shown(x_rows),
             x_stride,
-            address(residual_rows),
+            shown(residual_rows),
             residual_stride,
-            address(weight),
-            address(bias),
-            address(z),
-            address(y),
-            address(statistics),
+            shown(weight),
+            shown(bias),
+            shown(z),
+            shown(y),
+            shown(statistics),
         )
     return y, z, statistics
 
@@ -88,18 +88,18 @@ def backward(
         scratch = torch.empty(size, dtype=torch.float32, device=z.device)
         launch.norm_bwd(
             _shape(spec),
-            address(seed),
-            address(z_rows),
+            shown(seed),
+            shown(z_rows),
             z_stride,
-            address(weight),
-            address(statistics),
-            address(dy_rows),
+            shown(weight),
+            shown(statistics),
+            shown(dy_rows),
             dy_stride,
-            address(dz),
-            address(dx),
-            address(dresidual),
-            address(dweight),
-            address(dbias),
-            address(scratch),
+            shown(dz),
+            shown(dx),
+            shown(dresidual),
+            shown(dweight),
+            shown(dbias),
+            shown(scratch),
         )
     return dx, dresidual, dweight, dbias
