@@ -51,6 +51,10 @@ class AttentionSpec(NamedTuple):
     slopes: bool
     sinks: bool
 
+    def scalars(self) -> tuple[float | int, ...]:
+        """The options of torch.ops.llmkern.attention that are numbers, in its order."""
+        return (self.scale, self.softcap, self.shift, self.left, self.right, self.dropout_p)
+
     def length_first(self, q: torch.Tensor) -> bool:
         """Whether out is [S, B, H, Dv] in memory, not [B, S, H, Dv]: where q is, as modules with
         batch_first=False make it; the output projection then reads out without a copy."""

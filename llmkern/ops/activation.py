@@ -12,7 +12,7 @@ from torch import Tensor
 from llmkern import checks, dispatch
 from llmkern.backends.reference import activation as reference
 from llmkern.errors import ArgumentError, BackendError, ShapeError
-from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
+from llmkern.ops.library import Plans, define, direct, direct_apply, in_transform, signature
 from llmkern.specs import ActivationSpec
 
 
@@ -118,8 +118,10 @@ class _ActivationFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable(spec.activation, dy, x), None
-        module = dispatch.resolve("activation", spec, ctx.plan.backend)
-        return module.backward(spec, dy.resolve_neg(), x), None
+        backend = ctx.plan.backend
+        if not direct(dy):
+            return torch.ops.llmkern.activation_backward(dy, x, spec.activation, backend), None
+        return dispatch.resolve("activation", spec, backend).backward(spec, dy, x), None
 
 
 _apply = direct_apply(_ActivationFunction)

@@ -23,6 +23,7 @@ from llmkern.ops import attention_checks as arguments
 from llmkern.ops.library import (
     Plans,
     define,
+    direct,
     direct_apply,
     in_transform,
     signature,
@@ -226,8 +227,7 @@ def _run(plan, traced, q, k, v, bias, mask, key_mask, slopes, sinks, seed, backe
     if traced and in_transform():
         return reference.forward(spec, *_views(q, k, v), *args[3:])
     if traced:
-        scalars = (spec.scale, spec.softcap, spec.shift, spec.left, spec.right, spec.dropout_p)
-        return torch.ops.llmkern.attention(*args, *scalars, backend)
+        return torch.ops.llmkern.attention(*args, *spec.scalars(), backend)
     if plan.grad:
         return _apply(*args, spec, backend)
     module = dispatch.resolve("attention", spec, backend)
@@ -258,9 +258,13 @@ class _AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        run = _differentiable if torch.is_grad_enabled() else _backward_of
-        dout, dlse = (None if d is None else d.resolve_neg() for d in (dout, dlse))
-        return _gradients(ctx, dout, dlse, functools.partial(run, ctx.spec, ctx.backend), 2)
+        if torch.is_grad_enabled():
+            run = functools.partial(_differentiable, ctx.spec)
+        elif direct(dout, dlse):
+            run = functools.partial(_backward_of, ctx.spec, ctx.backend)
+        else:
+            run = functools.partial(_traced_backward, ctx.spec.scalars(), ctx.backend)
+        return _gradients(ctx, dout, dlse, run, 2)
 
 
 _apply = direct_apply(_AttentionFunction)
@@ -286,7 +290,12 @@ def _backward_of(spec, backend, dout, dlse, q, k, v, bias, mask, key_mask, slope
     return module.backward(spec, dout, dlse, *saved, wants)
 
 
-def _differentiable(spec, backend, dout, dlse, q, k, v, bias, mask, key_mask, slopes, sinks, seed,
+def _traced_backward(scalars, backend, *tensors, wants):
+    """`_backward_of` through the dispatcher."""
+    return torch.ops.llmkern.attention_backward(*tensors, *scalars, wants, backend)
+
+
+def _differentiable(spec, dout, dlse, q, k, v, bias, mask, key_mask, slopes, sinks, seed,
                     out, lse, wants):  # fmt: skip
     """The same as a graph (create_graph=True): the reference formula, differentiated by torch.
 
@@ -350,9 +359,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout, dlse):
-    def run(*tensors, wants):
-        return torch.ops.llmkern.attention_backward(*tensors, *ctx.options, wants, ctx.backend)
-
+    run = functools.partial(_traced_backward, ctx.options, ctx.backend)
     return _gradients(ctx, dout, dlse, run, 7)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmkern import checks, dispatch, random
 from llmkern.backends.reference import dropout as reference
 from llmkern.errors import ArgumentError, ShapeError
-from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
+from llmkern.ops.library import Plans, define, direct, direct_apply, in_transform, signature
 from llmkern.specs import DropoutSpec
 
 
@@ -117,10 +117,12 @@ class _DropoutFunction(torch.autograd.Function):
     def backward(ctx, dy):
         plan = ctx.plan
         (seed,) = ctx.saved_tensors
+        if not direct(dy):
+            return torch.ops.llmkern.dropout(dy, seed, plan.spec.p, plan.backend), None, None
         if torch.is_grad_enabled() and dy.requires_grad:
             return _apply(dy, seed, plan._replace(inplace=False)), None, None
         module = dispatch.resolve("dropout", plan.spec, plan.backend)
-        return module.backward(plan.spec, dy.resolve_neg(), seed), None, None
+        return module.backward(plan.spec, dy, seed), None, None
 
 
 _apply = direct_apply(_DropoutFunction)

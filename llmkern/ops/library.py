@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _has_storage, _len_torch_dispatch_stack
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -58,6 +58,21 @@ def _traces_derivative() -> bool:
 _DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 # What torch.compiler.assume_constant_result sets: dynamo enters the transforms that it traces.
 _traces_derivative._dynamo_marked_constant = True
+
+
+def direct(*gradients: Tensor | None) -> bool:
+    """True where a backward may hand these gradients to a backend itself: nothing is being compiled
+    (dynamo traces the backward of an eager graph too), no dispatch mode is on, and the gradients
+    are plain tensors with memory of their own. A batched one (is_grads_batched, vmap) has none.
+
+    Else a backward calls torch.ops.llmkern.*, which tracers, modes, vmap and subclasses understand.
+    """
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+        return False
+    for t in gradients:
+        if t is not None and (type(t) is not Tensor or not _has_storage(t) or t.is_neg()):
+            return False
+    return True
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkern import checks, dispatch, random, target
 from llmkern.backends.reference import linear as reference
 from llmkern.errors import ShapeError
-from llmkern.ops.library import define, in_transform, plain_eager, wants_grad
+from llmkern.ops.library import define, direct, in_transform, plain_eager, wants_grad
 from llmkern.precision import tf32_allowed
 from llmkern.specs import LinearSpec
 
@@ -216,7 +216,8 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled():
             return _differentiable(ctx, dy)
-        return _gradients(ctx, dy.resolve_neg(), _backward)
+        run = _backward if direct(dy) else torch.ops.llmkern.linear_backward
+        return _gradients(ctx, dy, run)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from llmkern import dispatch, numerics, random
 from llmkern.backends.reference import norm as reference
 from llmkern.errors import BackendError
-from llmkern.ops.library import Plans, define, direct_apply, in_transform, signature
+from llmkern.ops.library import Plans, define, direct, direct_apply, in_transform, signature
 from llmkern.ops.norm_checks import check
 from llmkern.specs import NormSpec
 
@@ -319,7 +319,7 @@ class _AddNormFunction(torch.autograd.Function):
                 return (None,) * 6
             dy = torch.zeros_like(z)
         need = ctx.needs_input_grad
-        wants = (need[0] or need[1], need[2], need[3])
+        wants = [need[0] or need[1], need[2], need[3]]
         spec, choice, dims = ctx.plan.spec, ctx.plan.choice, ctx.plan.dims
         gradients = _gradients(spec, choice, dims, dy, dz, z, weight, statistics, seed, wants)
         return (*gradients, None, None)
@@ -329,12 +329,27 @@ def _gradients(spec, choice, dims, dy, dz, z, weight, statistics, seed, wants):
     """(dx, dresidual, dweight, dbias) of either Function."""
     if torch.is_grad_enabled():
         gradients = _differentiable(spec, dy, dz, z, weight, seed, wants)
-    else:
-        dy = dy.resolve_neg()
-        dz = None if dz is None else dz.resolve_neg()
+    elif direct(dy, dz):
         module = choice.module()
         gradients = module.backward(spec, dy, dz, z, weight, statistics, seed, wants)
+    else:
+        options = (spec.cols, spec.eps, spec.rms, spec.unit_offset, spec.dropout_p, spec.add,
+                   spec.x_dtype, spec.weight_dtype)  # fmt: skip
+        gradients = _traced_backward(
+            options, choice.backend, dy, dz, z, weight, statistics, seed, wants
+        )
     return _as_inputs(gradients, spec.add, dims)
+
+
+def _traced_backward(options, backend, dy, dz, z, weight, statistics, seed, wants):
+    """A backend's backward through the dispatcher; None for what it leaves out."""
+    dx, dresidual, dweight, dbias = torch.ops.llmkern.norm_backward(
+        dy, dz, z, weight, statistics, seed, *options, wants, backend
+    )
+    own = dresidual if dresidual.numel() else None
+    found = zip((dx, dweight, dbias), wants, strict=True)
+    dx, dweight, dbias = (t if wanted else None for t, wanted in found)
+    return dx, own, dweight, dbias
 
 
 _apply_add = direct_apply(_AddNormFunction)
@@ -423,13 +438,9 @@ def _autograd(ctx, dy, dz, _):
         dy = torch.zeros_like(z)
     need, add = ctx.needs_input_grad, ctx.options[5]
     wants = [need[0] or need[1], need[2], need[3]]
-    dx, dresidual, dweight, dbias = torch.ops.llmkern.norm_backward(
-        dy, dz if add else None, z, weight, statistics, seed, *ctx.options, wants, ctx.backend
-    )
-    if dresidual.numel() == 0:
-        dresidual = None
-    gradients = (dx, dresidual, dweight if need[2] else None, dbias if need[3] else None)
-    dx, dresidual, dweight, dbias = _as_inputs(gradients, add, ctx.dims)
+    found = _traced_backward(ctx.options, ctx.backend, dy, dz if add else None, z, weight,
+                             statistics, seed, wants)  # fmt: skip
+    dx, dresidual, dweight, dbias = _as_inputs(found, add, ctx.dims)
     return (dx if need[0] else None, dresidual if need[1] else None, dweight, dbias, *(None,) * 8)
 
 
@@ -472,7 +483,7 @@ define(
 )
 define(
     "norm_backward",
-    "(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor statistics, Tensor? seed, "
+    "(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor? statistics, Tensor? seed, "
     f"{_OPTIONS}bool add, ScalarType x_dtype, ScalarType? affine_dtype, bool[] wants, "
     "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,

@@ -65,17 +65,21 @@ def _own_gemm(a: Tensor, b: Tensor, up: Tensor | None, epilogue: _Epilogue, y: T
     module.gemm(shape, a, b, up, epilogue.arguments(y, n), scratch)
 
 
-def _torch_gemm(choice: str, a: Tensor, b: Tensor) -> Tensor:
+def _torch_gemm(choice: str, a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """a @ b^T as `shape`. Resized in place: a view of the product would be an output that autograd
+    forbids to modify."""
     if choice == tiles.ONEDNN and a.numel() and b.numel():  # it refuses empty products
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.T
+        product = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    else:
+        product = a @ b.T
+    return product.resize_(shape)
 
 
 def _gemm(a: Tensor, b: Tensor, shape: torch.Size, onto: Tensor | None = None) -> Tensor:
     """a @ b^T as `shape`, for the backward products; added to `onto` in place where given."""
     choice = _pick(a)
     if choice != tiles.OWN:
-        product = _torch_gemm(choice, a, b).reshape(shape)
+        product = _torch_gemm(choice, a, b, shape)
         return product if onto is None else onto.add_(product)
     y = torch.empty(shape, dtype=a.dtype, device="cpu") if onto is None else onto
     residual = None if onto is None else onto.view(a.shape[0], b.shape[0])
@@ -97,7 +101,7 @@ def forward(
     rows, cols = spec.rows, spec.out_features
     a = x.reshape(rows, spec.in_features)
     choice = _pick(a)
-    shape = (*x.shape[:-1], cols)
+    shape = torch.Size((*x.shape[:-1], cols))
     parts = 2 if spec.gated else 1
     if choice == tiles.OWN:
         kept = [
@@ -105,7 +109,7 @@ def forward(
             for _ in range(parts if spec.keep_preact else 0)
         ]
     else:
-        kept = [_torch_gemm(choice, a, w).reshape(shape) for w in (weight, up_weight)[:parts]]
+        kept = [_torch_gemm(choice, a, w, shape) for w in (weight, up_weight)[:parts]]
     in_place = choice != tiles.OWN and not spec.keep_preact
     y = kept[0] if in_place else torch.empty(shape, dtype=x.dtype, device="cpu")
     products, kept = kept, kept if spec.keep_preact else []

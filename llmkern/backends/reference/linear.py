@@ -78,7 +78,8 @@ def forward(
     kept = [x.new_empty(0), x.new_empty(0)]
     if spec.keep_preact:
         kept = [x.new_empty(0) if t is None else t.to(spec.dtype).reshape(shape) for t in (z, u)]
-    return y.to(spec.dtype).reshape(shape), kept[0], kept[1]
+    # No view of y: autograd forbids to modify a Function's output where it is one.
+    return torch.ops.aten._unsafe_view(y.to(spec.dtype), shape), kept[0], kept[1]
 
 
 def backward(

@@ -46,9 +46,11 @@ def forward(
         y = y * _scale(weight, spec)
     if bias is not None:
         y = y + bias.reshape(-1).to(y.dtype)
-    kept = z.to(spec.dtype).reshape(x.shape) if spec.keep_z else None
     statistics = torch.stack([rstd] if spec.rms else [mean, rstd])
-    return y.to(spec.dtype).reshape(x.shape), kept, statistics
+    # Not views: autograd forbids to modify a Function's output where it is one.
+    as_x = torch.ops.aten._unsafe_view
+    kept = as_x(z.to(spec.dtype), x.shape) if spec.keep_z else None
+    return as_x(y.to(spec.dtype), x.shape), kept, statistics
 
 
 def backward(
@@ -57,10 +59,13 @@ def backward(
     dz: Tensor | None,
     z: Tensor,
     weight: Tensor | None,
-    statistics: Tensor,
+    statistics: Tensor | None,
     seed: Tensor | None,
     wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if statistics is None:  # the backend that ran forward computes them again
+        alone = spec._replace(add=False, dropout_p=0.0, keep_z=False)
+        statistics = forward(alone, z, None, None, None, None)[2]
     d = _rows(dy, spec)
     centred = _rows(z, spec) if spec.rms else _rows(z, spec) - statistics[0, :, None]
     rstd = statistics[-1, :, None]
