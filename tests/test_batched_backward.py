@@ -1,4 +1,4 @@
-"""Backward of a batch of gradients at once: is_grads_batched, vectorised Jacobians, vmap over grad."""
+"""Backward of a batch of gradients: is_grads_batched, vectorised Jacobians, vmap over grad."""
 
 import pytest
 import torch
@@ -51,10 +51,10 @@ def test_second_derivatives_of_a_batch_of_gradients(name):
     vectors = [v.double() for v in _vectors(outputs)]
     results = []
     for gradients in (_one_by_one, _is_grads_batched):
-        loss = sum(g.square().sum() for g in gradients(outputs, tensors, vectors, create_graph=True)
-                   if g.requires_grad)  # fmt: skip
-        results.append(loss if isinstance(loss, int) else
-                       torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True))  # fmt: skip
+        found = gradients(outputs, tensors, vectors, create_graph=True)
+        squares = [g.square().sum() for g in found if g.requires_grad]
+        options = {"retain_graph": True, "allow_unused": True}
+        results.append(torch.autograd.grad(sum(squares), tensors, **options) if squares else ())
     torch.testing.assert_close(results[1], results[0])
 
 

@@ -127,3 +127,10 @@ def test_missing_extension_is_reported_not_hidden(monkeypatch):
         assert _ext.unavailable("cpu") == loaded.reason
     finally:
         _ext.load.cache_clear()
+
+
+def test_bindings_take_tensors_and_no_addresses():
+    """A tensor given as itself lives until the call is over; one given as an address may not."""
+    x = torch.ones(8)
+    with pytest.raises(AttributeError, match="data_ptr"):
+        _ext.load().module.activation_fwd(0, 1, 1, 8, x.data_ptr(), 8, x, 8)

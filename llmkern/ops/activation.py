@@ -12,7 +12,15 @@ from torch import Tensor
 from llmkern import checks, dispatch
 from llmkern.backends.reference import activation as reference
 from llmkern.errors import ArgumentError, BackendError, ShapeError
-from llmkern.ops.library import Plans, define, direct, direct_apply, in_transform, signature
+from llmkern.ops.library import (
+    Plans,
+    define,
+    direct,
+    direct_apply,
+    in_transform,
+    signature,
+    untraced,
+)
 from llmkern.specs import ActivationSpec
 
 
@@ -99,6 +107,7 @@ def _check_writable(op: str, x: Tensor) -> None:
 
 class _ActivationFunction(torch.autograd.Function):
     @staticmethod
+    @untraced
     def forward(ctx, x, plan):
         spec = plan.spec
         module = dispatch.resolve("activation", spec, plan.backend)
@@ -113,6 +122,7 @@ class _ActivationFunction(torch.autograd.Function):
         return module.forward(spec, x, plan.inplace)
 
     @staticmethod
+    @untraced
     def backward(ctx, dy):
         spec = ctx.plan.spec
         (x,) = ctx.saved_tensors

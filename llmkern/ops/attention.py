@@ -27,6 +27,7 @@ from llmkern.ops.library import (
     direct_apply,
     in_transform,
     signature,
+    untraced,
     wants_grad,
 )
 from llmkern.specs import AttentionSpec
@@ -247,6 +248,7 @@ def _views(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
 
 class _AttentionFunction(torch.autograd.Function):
     @staticmethod
+    @untraced
     def forward(ctx, q, k, v, bias, mask, key_mask, slopes, sinks, seed, spec, backend):
         side = (bias, mask, key_mask, slopes, sinks, seed)
         module = dispatch.resolve("attention", spec, backend)
@@ -257,6 +259,7 @@ class _AttentionFunction(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @untraced
     def backward(ctx, dout, dlse):
         if torch.is_grad_enabled():
             run = functools.partial(_differentiable, ctx.spec)

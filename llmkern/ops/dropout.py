@@ -12,7 +12,15 @@ from torch import Tensor
 from llmkern import checks, dispatch, random
 from llmkern.backends.reference import dropout as reference
 from llmkern.errors import ArgumentError, ShapeError
-from llmkern.ops.library import Plans, define, direct, direct_apply, in_transform, signature
+from llmkern.ops.library import (
+    Plans,
+    define,
+    direct,
+    direct_apply,
+    in_transform,
+    signature,
+    untraced,
+)
 from llmkern.specs import DropoutSpec
 
 
@@ -105,6 +113,7 @@ def _run(x: Tensor, seed: Tensor, plan: _Plan) -> Tensor:
 
 class _DropoutFunction(torch.autograd.Function):
     @staticmethod
+    @untraced
     def forward(ctx, x, seed, plan):
         module = dispatch.resolve("dropout", plan.spec, plan.backend)
         if plan.inplace:
@@ -114,6 +123,7 @@ class _DropoutFunction(torch.autograd.Function):
         return module.forward(plan.spec, x, seed, plan.inplace)
 
     @staticmethod
+    @untraced
     def backward(ctx, dy):
         plan = ctx.plan
         (seed,) = ctx.saved_tensors

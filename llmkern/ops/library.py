@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _has_storage, _len_torch_dispatch_stack
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -120,6 +121,18 @@ class Plans(dict):
         self[key] = plan
 
 
+def untraced(function: Callable) -> Callable:
+    """Decorator: torch.compile runs calls of `function` as they are, and all that they call.
+
+    For what an eager graph calls while a compiled function runs, such as a Function's backward:
+    dynamo would compile each as a function of its own, with a guard on ctx.saved_tensors, which a
+    checkpoint gives out once. What dynamo inlines (compiled autograd) is not affected.
+    """
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, skip)
+    return function
+
+
 def direct_apply(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply` for plain eager calls, without its 9 us search for functorch's wrappers."""
     return super(torch.autograd.Function, function).apply
@@ -135,7 +148,7 @@ def define(
 ) -> None:
     """Define torch.ops.llmkern.<name> with its fake (shape-only) form and its autograd formula."""
     LIBRARY.define(name + schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, untraced(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmkern::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(

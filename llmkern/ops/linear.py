@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkern import checks, dispatch, random, target
 from llmkern.backends.reference import linear as reference
 from llmkern.errors import ShapeError
-from llmkern.ops.library import define, direct, in_transform, plain_eager, wants_grad
+from llmkern.ops.library import define, direct, in_transform, plain_eager, untraced, wants_grad
 from llmkern.precision import tf32_allowed
 from llmkern.specs import LinearSpec
 
@@ -207,12 +207,14 @@ def _backward(dy, x, weight, up_weight, preact, up_preact, seed, activation, dro
 
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
+    @untraced
     def forward(ctx, *args):
         y, preact, up_preact = _forward(*args)
         _setup_context(ctx, args, (y, preact, up_preact))
         return y
 
     @staticmethod
+    @untraced
     def backward(ctx, dy):
         if torch.is_grad_enabled():
             return _differentiable(ctx, dy)

@@ -23,7 +23,15 @@ from torch.nn import Parameter
 from llmkern import dispatch, numerics, random
 from llmkern.backends.reference import norm as reference
 from llmkern.errors import BackendError
-from llmkern.ops.library import Plans, define, direct, direct_apply, in_transform, signature
+from llmkern.ops.library import (
+    Plans,
+    define,
+    direct,
+    direct_apply,
+    in_transform,
+    signature,
+    untraced,
+)
 from llmkern.ops.norm_checks import check
 from llmkern.specs import NormSpec
 
@@ -283,12 +291,14 @@ def _recorded(spec: NormSpec, choice: dispatch.Choice, dims: tuple[int, ...]) ->
 
     class NormFunction(torch.autograd.Function):
         @staticmethod
+        @untraced
         def forward(ctx, x, weight, bias):
             y, _, statistics = choice.forward()(x, None, weight, bias, None)
             ctx.save_for_backward(x, weight, statistics)
             return y
 
         @staticmethod
+        @untraced
         def backward(ctx, dy):
             x, weight, statistics = ctx.saved_tensors
             dx, _, dweight, dbias = _gradients(
@@ -304,6 +314,7 @@ class _AddNormFunction(torch.autograd.Function):
     the graph, which the second derivative needs."""
 
     @staticmethod
+    @untraced
     def forward(ctx, x, residual, weight, bias, seed, plan):
         y, z, statistics = plan.choice.forward()(x, residual, weight, bias, seed)
         ctx.plan = plan
@@ -312,6 +323,7 @@ class _AddNormFunction(torch.autograd.Function):
         return y, z
 
     @staticmethod
+    @untraced
     def backward(ctx, dy, dz):
         z, weight, statistics, seed = ctx.saved_tensors
         if dy is None:
