@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llmkern import dispatch, emulator
-from llmkern.backends.cpu import _ext
+from llmkern.backends.cpu import _ext, tiles
 from llmkern.backends.cuda import _ext as cuda_ext
 from llmkern.backends.triton import _launch
 
@@ -100,6 +100,14 @@ def gpu(name: str) -> contextlib.AbstractContextManager:
     if name == "triton" and INTERPRETED:
         return contextlib.nullcontext()
     return emulator.device("sm_80")
+
+
+@pytest.fixture
+def own_product(monkeypatch):
+    """The cpu backend computes all matrix products itself. What a test says of bits holds for our
+    kernels, not for oneDNN's and MKL's."""
+    for key in tiles.GEMM:
+        monkeypatch.setitem(tiles.GEMM, key, tiles.OWN)
 
 
 @pytest.fixture
