@@ -129,7 +129,7 @@ def test_gated_gradcheck_and_second_derivative(backend):
 
 
 def _layouts():
-    torch.manual_seed(11)  # the parameters are made at collection, whose order is not fixed
+    torch.manual_seed(11)  # the same at collection and in a test
     yield "contiguous", torch.randn(24, 40)
     yield "transposed", torch.randn(40, 24).T
     yield "sliced", torch.randn(48, 80)[::2, ::2]

@@ -14,10 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 import llmkern
 
-_RANDOM = torch.Generator().manual_seed(0)
-X = torch.randn(3, 5, 16, generator=_RANDOM)
-QKV = torch.randn(2, 3, 7, 8, generator=_RANDOM)
-WEIGHT = torch.randn(16, generator=_RANDOM)
+X = torch.randn(3, 5, 16)
+QKV = torch.randn(2, 3, 7, 8)
+WEIGHT = torch.randn(16)
 
 CALLS = {
     "linear": [
