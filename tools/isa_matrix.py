@@ -35,8 +35,8 @@ VARIABLES = ("LLMKERN_CPU_ISA", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", *LIBR
 
 # torch asks the CPU, not oneDNN, whether 16-bit products exist: held down to AVX2, oneDNN has none.
 PYTEST = """
-import os, sys, pytest, torch
-if os.environ["LLMKERN_TEST_LIBRARIES"] in ("avx2", "sse4"):
+import sys, pytest, torch
+if sys.argv.pop(1) in ("avx2", "sse4"):
     torch.backends.mkldnn.set_flags(False)
 sys.exit(pytest.main(sys.argv[1:]))
 """
@@ -102,14 +102,14 @@ def run_tests(run: Run, log: Path, compiled: Path, arguments: list[str]) -> Outc
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | {
         "LLMKERN_CPU_ISA": run.isa,
         "ATEN_CPU_CAPABILITY": run.torch,
-        "LLMKERN_TEST_LIBRARIES": run.libraries,
         "OMP_NUM_THREADS": str(run.threads),
         "MKL_NUM_THREADS": str(run.threads),
         "OMP_WAIT_POLICY": "passive",  # more threads than cores must not wait for each other busily
         # inductor's cache does not know for which instruction set it compiled.
         "TORCHINDUCTOR_CACHE_DIR": str(compiled / run.torch),
     }
-    command = [sys.executable, "-c", PYTEST, "-m", SELECTION, "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-c", PYTEST, run.libraries]
+    command += ["-m", SELECTION, "-p", "no:cacheprovider", *arguments]
     start = time.monotonic()
     with log.open("w") as file:
         try:
