@@ -1,5 +1,6 @@
 # make bench   set up and run the benchmark harness against the reference PyTorch Transformer
 # make test    set up and run the tests
+# make test-isa   the tests of CPU kernels under each instruction set of this machine, half an hour
 # Both work on a fresh machine with Python >= 3.10 and a C++ compiler.
 
 PYTHON ?= python3
@@ -8,6 +9,7 @@ BIN := $(VENV)/bin
 REPORTS ?= reports
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+ISA_ARGS ?=
 
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml tools/cuda_build.py
 INSTALLED := $(VENV)/.requirements
@@ -16,7 +18,7 @@ BUILT := $(VENV)/.built
 CPU_BUILT := $(VENV)/.built-cpu
 BENCH_SETUP := $(if $(wildcard $(BUILT)),$(BUILT),$(CPU_BUILT))
 
-.PHONY: setup test test-full bench bench-full sanitize lint format clean
+.PHONY: setup test test-full test-isa bench bench-full sanitize lint format clean
 
 setup: $(BUILT)
 
@@ -38,6 +40,10 @@ test: setup
 
 test-full: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Under each instruction set of this machine, ours and torch's; ISA_ARGS="--only avx2" for some.
+test-isa: setup
+	$(BIN)/python tools/isa_matrix.py --logs $(REPORTS)/isa $(ISA_ARGS) $(PYTEST_ARGS)
 
 bench: $(BENCH_SETUP)
 	$(BIN)/python -m llmkern bench --json $(REPORTS)/bench.json --html $(REPORTS)/bench.html $(BENCH_ARGS)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmkern import functional, random
 
@@ -165,9 +166,12 @@ def formula(tensors: dict, case: Case, seed: int = 7) -> tuple[Tensor, Tensor]:
 
 
 def theirs(tensors: dict, case: Case) -> Tensor:
-    """out by torch: its own attention where that has the features, else the formula."""
+    """out by torch: its own attention where that has the features, else the formula. By its math,
+    which is at least as accurate as its fused kernels, runs on every CPU and can be differentiated
+    in every way."""
     if not case.torch_has_it():
         return formula(tensors, case)[0]
-    return F.scaled_dot_product_attention(
-        tensors["q"], tensors["k"], tensors["v"], tensors["mask"], is_causal=case.causal,
-        scale=case.scale, enable_gqa=case.g is not None)  # fmt: skip
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(
+            tensors["q"], tensors["k"], tensors["v"], tensors["mask"], is_causal=case.causal,
+            scale=case.scale, enable_gqa=case.g is not None)  # fmt: skip

@@ -7,6 +7,7 @@ interpreter instead. Markers for them, thousands of times slower than a GPU eith
     light(name=[values ...])  parameters with which they take part in the short run; others are slow
     computes_in(dtype, ...)   dtypes that the test uses besides its parameters
     without(backend, reason)  the test is not for this backend
+`make test-isa` runs all but off_cpu, which is set here: what runs on GPU backends, and OFF_CPU.
 """
 
 import contextlib
@@ -16,11 +17,14 @@ import pytest
 import torch
 
 from llmkern import dispatch, emulator
-from llmkern.backends.cpu import _ext
+from llmkern.backends.cpu import _ext, tiles
 from llmkern.backends.cuda import _ext as cuda_ext
 from llmkern.backends.triton import _launch
 
 GPU_BACKENDS = ("triton", "cuda")
+# Words in the names of test files in which no CPU kernel computes. A new file is not among them.
+OFF_CPU = {"emulator", "triton", "cuda", "gpu", "architecture", "build", "cards", "install"}
+OFF_CPU |= {"kernel", "profile", "simd", "tune"}
 INTERPRETED = os.environ.get("LLMKERN_TEST_INTERPRETER") == "1"
 
 if INTERPRETED and _launch.version() is not None:
@@ -50,10 +54,20 @@ def poisoned_empty(request, monkeypatch):
             monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
 
 
+def pytest_collectstart(collector):
+    """What a file draws while it is imported does not depend on the files before it."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("backend") not in GPU_BACKENDS:
+        on_gpu = parameters.get("backend") in GPU_BACKENDS
+        emulated = {"emulated_triton", "emulated_cuda"} & set(item.fixturenames)
+        if on_gpu or emulated or OFF_CPU & set(item.path.stem.split("_")):
+            item.add_marker(pytest.mark.off_cpu)
+        if not on_gpu:
             continue
         for marker in item.iter_markers("light"):
             if any(parameters[name] not in values for name, values in marker.kwargs.items()):
@@ -100,6 +114,14 @@ def gpu(name: str) -> contextlib.AbstractContextManager:
     if name == "triton" and INTERPRETED:
         return contextlib.nullcontext()
     return emulator.device("sm_80")
+
+
+@pytest.fixture
+def own_product(monkeypatch):
+    """The cpu backend computes all matrix products itself. What a test says of bits holds for our
+    kernels, not for oneDNN's and MKL's."""
+    for key in tiles.GEMM:
+        monkeypatch.setitem(tiles.GEMM, key, tiles.OWN)
 
 
 @pytest.fixture

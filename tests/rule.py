@@ -17,6 +17,16 @@ def check_rule(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
     assert got <= bound, f"{name}: error {got:.3g} against float64, allowed {bound:.3g}"
 
 
+def check_same(backend: str, got: Tensor, want: Tensor) -> None:
+    """Bitwise equal where our kernels computed. The reference is torch's ops, whose last bits may
+    depend on layout, batch, threads and instruction set: there, equal up to the dtype's floor."""
+    if backend == "reference":
+        assert got.dtype == want.dtype and got.shape == want.shape
+        assert numerics.error(got, want) <= numerics.FLOOR[got.dtype]
+    else:
+        assert torch.equal(got, want)
+
+
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of a fixed random projection of the outputs (the same for every dtype)."""
     generator = torch.Generator().manual_seed(1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import Case, formula, inputs_of, make, ours, theirs, with_grad
-from rule import check_rule, gradients
+from rule import check_rule, check_same, gradients
 
 from llmkern import numerics
 from llmkern.functional import (
@@ -128,7 +128,7 @@ LAYOUTS = [_transposed, _columns, _every_other, _window_of_larger, _offset]
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_reads_any_layout(backend, layout, dtype):
-    """Bitwise what it gives for contiguous tensors; gradients too."""
+    """What it gives for contiguous tensors, bitwise with our kernels; gradients too."""
     case = Case(2, 3, 17, 70, 20, dv=24, causal=True)
     tensors = make(case, dtype)
     want = with_grad(tensors, case)
@@ -140,9 +140,9 @@ def test_attention_reads_any_layout(backend, layout, dtype):
         got[name] = layout(tensors[name]).detach().requires_grad_()
     out, _ = ours(got, case)
     out.backward(layout(weight))
-    assert torch.equal(out, want_out)
+    check_same(backend, out, want_out)
     for name in "qkv":
-        assert torch.equal(got[name].grad, want[name].grad), name
+        check_same(backend, got[name].grad, want[name].grad)
 
 
 @pytest.mark.parametrize("rows", [(1, 3, 17), (2, 1, 17), (2, 3, 1), (1, 1, 1)], ids=str)
@@ -154,7 +154,7 @@ def test_attention_reads_expanded_tensors(backend, rows):
     copies = [t.detach().contiguous().requires_grad_() for t in wide]
     out = scaled_dot_product_attention(*wide)
     want = scaled_dot_product_attention(*copies)
-    assert torch.equal(out, want)
+    check_same(backend, out, want)
     out.sum().backward()
     want.backward(torch.ones_like(want))
     for t, c in zip(narrow, copies, strict=True):
@@ -164,7 +164,8 @@ def test_attention_reads_expanded_tensors(backend, rows):
 def test_attention_size_one_strides_do_not_matter(backend):
     q, k, v = (torch.randn(1, 1, 9, 1) for _ in range(3))
     odd = [t.as_strided((1, 1, 9, 1), (77, 13, 1, 5)) for t in (q, k, v)]
-    assert torch.equal(scaled_dot_product_attention(*odd), scaled_dot_product_attention(q, k, v))
+    got, want = scaled_dot_product_attention(*odd), scaled_dot_product_attention(q, k, v)
+    check_same(backend, got, want)
 
 
 RANKS = [
@@ -267,14 +268,14 @@ def test_attention_qkvpacked_equals_separate(backend, dtype, batch_first):
     want, want_lse = scaled_dot_product_attention(*apart, other, is_causal=True, return_lse=True)
     # What an output projection of the same layout reads without a copy.
     assert (out if batch_first else out.transpose(0, 1)).is_contiguous()
-    assert torch.equal(out, want.transpose(1, 2))
-    assert torch.equal(lse, want_lse)
+    check_same(backend, out, want.transpose(1, 2))
+    check_same(backend, lse, want_lse)
     weight = torch.randn_like(out)
     out.backward(weight)
     want.backward(weight.transpose(1, 2))
     assert qkv.grad.stride() == qkv.stride()
-    assert torch.equal(qkv.grad, torch.stack([t.grad.transpose(1, 2) for t in apart], 2))
-    assert torch.equal(bias.grad, other.grad)
+    check_same(backend, qkv.grad, torch.stack([t.grad.transpose(1, 2) for t in apart], 2))
+    check_same(backend, bias.grad, other.grad)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -287,13 +288,16 @@ def test_attention_kvpacked_equals_separate(backend, groups, wanted):
     apart = [x.requires_grad_(y.requires_grad) for x, y in zip(apart, (q, kv, kv), strict=True)]
     out = attention_kvpacked(q, kv, window=(20, 5))
     want = scaled_dot_product_attention(*apart, enable_gqa=True, window=(20, 5))
-    assert out.is_contiguous() and torch.equal(out, want.transpose(1, 2))
+    assert out.is_contiguous()
+    check_same(backend, out, want.transpose(1, 2))
     weight = torch.randn_like(out)
     out.backward(weight)
     want.backward(weight.transpose(1, 2))
     grads = [None if x.grad is None else x.grad.transpose(1, 2) for x in apart]
-    assert wanted == "kv" or torch.equal(q.grad, grads[0])
-    assert wanted == "q" or torch.equal(kv.grad, torch.stack(grads[1:], 2))
+    if wanted != "kv":
+        check_same(backend, q.grad, grads[0])
+    if wanted != "q":
+        check_same(backend, kv.grad, torch.stack(grads[1:], 2))
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "sinks", "qv"])
@@ -308,7 +312,8 @@ def test_attention_gives_only_the_gradients_wanted(backend, wanted):
     ours(some, case)[0].square().sum().backward()
     for name in ("q", "k", "v", "mask", "sinks"):
         assert (some[name].grad is not None) == (name in names)
-        assert name not in names or torch.equal(some[name].grad, full[name].grad), name
+        if name in names:
+            check_same(backend, some[name].grad, full[name].grad)
 
 
 @pytest.mark.computes_in(torch.float64)

@@ -1,5 +1,6 @@
 """The compiled extension: free of torch, one OpenMP runtime, an instruction set by choice."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from llmkern.backends.cpu import _ext
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +137,43 @@ def test_bindings_take_tensors_and_no_addresses():
     x = torch.ones(8)
     with pytest.raises(AttributeError, match="data_ptr"):
         _ext.load().module.activation_fwd(0, 1, 1, 8, x.data_ptr(), 8, x, 8)
+
+
+MACHINES = {
+    "Zen 3": (["avx2", "scalar"], ["default", "avx2"], False),
+    "with AMX": (
+        ["avx512_bf16", "avx512", "avx2", "scalar"], ["default", "avx2", "avx512"], True,
+    ),
+    "not x86": (["scalar"], ["default"], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("isas, levels, amx", MACHINES.values(), ids=MACHINES)
+def test_the_matrix_of_instruction_sets_has_every_pair_that_matters(monkeypatch, isas, levels, amx):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    matrix = importlib.import_module("isa_matrix")
+    runs = matrix.runs(isas, levels, amx)
+    assert len(set(runs)) == len(runs) <= 13
+    pairs = {(run.isa, run.torch) for run in runs}
+    assert pairs >= {(isa, level) for isa in isas for level in (levels[0], levels[-1])}
+    best = {run.threads for run in runs if run[:3] == (isas[0], levels[-1], "all")}
+    assert best == {1, 2, 3}
+    assert len(runs) < 8 or {run.threads for run in runs[3:]} == {1, 2, 3}
+    # An AVX2 machine is there, as one or within a larger one.
+    assert "avx2" not in levels or any(run[:2] == ("avx2", "avx2") for run in runs)
+
+
+def test_the_matrix_tells_failures_and_errors(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    matrix = importlib.import_module("isa_matrix")
+    run = matrix.Run("scalar", "default", "all", 1)
+    (tmp_path / "test_one.py").write_text("def test_fails(): assert False\n")
+    (tmp_path / "test_two.py").write_text("import nothing_of_this_name\n")
+    for name, failed in (("test_one.py", "1 failed"), ("test_two.py", "1 error")):
+        file = str(tmp_path / name)
+        outcome = matrix.run_tests(
+            run, tmp_path / "log", tmp_path, [file, "--rootdir", str(tmp_path)]
+        )
+        number, kind = failed.split()
+        assert outcome.code != 0 and outcome.counts[kind] == int(number)
+    assert matrix.table([outcome]).splitlines()[1].split()[4:6] == ["0", "1"]

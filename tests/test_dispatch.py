@@ -165,6 +165,7 @@ def test_support_matrix_of_the_docs_is_current():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.usefixtures("own_product")
 @pytest.mark.parametrize("device", ["meta"])
 def test_default_device_and_dtype_do_not_reach_the_kernels_buffers(device):
     """A torch.device context or another default dtype is about the caller's tensors, not ours."""

@@ -29,13 +29,6 @@ def isa(request):
     module.select_isa(before)
 
 
-@pytest.fixture
-def own_product(isa, monkeypatch):
-    """Our kernels serve whatever the table says."""
-    for dtype in DTYPES:
-        monkeypatch.setitem(tiles.GEMM, (isa, dtype), tiles.OWN)
-
-
 def _check(ours, theirs, tensors, dtype):
     mine, torchs, exact = leaves(tensors), leaves(tensors), leaves(tensors, torch.float64)
     y = [f(*t) for f, t in ((ours, mine), (theirs, torchs), (theirs, exact))]
@@ -47,7 +40,7 @@ def _check(ours, theirs, tensors, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.usefixtures("own_product")
+@pytest.mark.usefixtures("isa", "own_product")
 def test_every_path_matches_fp64(path, dtype):
     m, n, k = PATHS[path]
     if path == "slices" and dtype != torch.float32:
@@ -58,7 +51,7 @@ def test_every_path_matches_fp64(path, dtype):
 
 
 @pytest.mark.parametrize("path", ["vector", "narrow", "blocked", "blocked edge"])
-@pytest.mark.usefixtures("own_product")
+@pytest.mark.usefixtures("isa", "own_product")
 def test_weight_layouts_on_every_path(path):
     m, n, k = PATHS[path]
     x = torch.randn(m, k)
@@ -66,6 +59,28 @@ def test_weight_layouts_on_every_path(path):
         got = linear(x, weight, activation="relu", backend="cpu")
         want = F.relu(x.double() @ weight.double().T)
         check_rule(path, got, F.relu(x @ weight.T), want)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("size", [(97, 101, 103), (3, 700, 300), (600, 40, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("isa", "own_product")
+def test_own_products_are_bitwise_equal_for_any_thread_count(activation, size, dtype):
+    m, n, k = size
+    tensors = [torch.randn(s).to(dtype) for s in ((m, k), (n, k), (n,), (m, n))]
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(3)
+            x, w, b, r = leaves(tensors)
+            y = linear(x, w, b, activation=activation, residual=r, dropout_p=0.1, backend="cpu")
+            results.append((y, *gradients([y], (x, w, b, r))))
+        finally:
+            torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("choice", [tiles.TORCH, tiles.ONEDNN])

@@ -190,6 +190,7 @@ def test_query_that_sees_no_key_gets_zero(need_weights):
     assert all(bool(g.isfinite().all()) for g in gradients)
 
 
+@pytest.mark.usefixtures("own_product")
 def test_output_does_not_depend_on_need_weights():
     ours = replaced(attention())
     tensors = inputs("plain", False, False)
@@ -297,6 +298,7 @@ def test_compiles_whole(kind, need_weights):
     )
 
 
+@pytest.mark.usefixtures("own_product")
 def test_copies_and_pickles():
     ours = replaced(attention("bias_kv"))
     tensors = inputs("bias_kv", False, False)

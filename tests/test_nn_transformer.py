@@ -226,6 +226,7 @@ def test_dropout_keeps_the_expectation(norm_first):
     torch.testing.assert_close(got.std(0), expected.std(0), rtol=0.2, atol=0.02)
 
 
+@pytest.mark.usefixtures("own_product")
 def test_dropout_follows_the_mode_of_each_module():
     ours = replaced(encoder_layer(dropout=0.9))
     x = torch.randn(B, S, E)
@@ -374,6 +375,7 @@ def compare_compiled(module, tensors, options, backend="aot_eager"):
     )
 
 
+@pytest.mark.usefixtures("own_product")
 def test_copies_and_pickles():
     ours = replaced(encoder())
     x = torch.randn(B, S, E)

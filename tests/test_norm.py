@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule import check_rule, gradients, leaves
+from rule import check_rule, check_same, gradients, leaves
 from torch.nn import functional
 
 from llmkern import random, use_backend
@@ -126,7 +126,7 @@ def test_add_norm_drops_nan_and_inf_and_ignores_p_in_eval(backend):
     assert 100 < int(dropped.sum()) < 300
     assert torch.equal(z[dropped], residual[dropped])
     plain = add_layer_norm(residual, residual, 100, dropout_p=0.5, training=False)
-    assert torch.equal(plain, add_layer_norm(residual, residual, 100))
+    check_same(backend, plain, add_layer_norm(residual, residual, 100))
 
 
 @pytest.mark.light(p=[0.25], kind=["layer"])
@@ -326,6 +326,7 @@ def test_second_derivative_does_not_follow_a_weight_back_to_the_input(backend):
     assert torch.allclose(ours, ddx)
 
 
+@pytest.mark.without("reference", "torch's own ops promise no bits over thread counts")
 @pytest.mark.without("triton", "its programs do not share threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(257, 768), (40, 1031)])
@@ -354,12 +355,11 @@ def test_norm_of_a_row_does_not_depend_on_the_others(backend):
     poisoned = x.clone()
     for rows in (slice(3, 4), slice(2, 9), slice(7, 11)):
         for whole, part in zip((y, dx), run(rows), strict=True):
-            if backend != "reference":
-                assert torch.equal(whole[rows], part)
-            assert torch.allclose(whole[rows], part, atol=1e-6)
+            check_same(backend, part, whole[rows])
     poisoned[5] = float("nan")
     other = layer_norm(poisoned, 100, weight, bias)
-    assert torch.equal(other[:5], y[:5]) and torch.equal(other[6:], y[6:])
+    for rows in (slice(0, 5), slice(6, None)):
+        check_same(backend, other[rows], y[rows])
     assert other[5].isnan().all()
 
 
@@ -372,6 +372,7 @@ def test_norm_of_a_row_does_not_depend_on_the_others(backend):
 )
 def test_norm_of_any_shape_matches_fp64(shape, dims, kind, dtype):
     tail = shape[-dims:]
+    torch.manual_seed(0)  # an example is its arguments alone
     tensors = [torch.randn(size).to(dtype) for size in (shape, tail, tail)]
     with use_backend("cpu"):
         _check(
@@ -414,7 +415,8 @@ def test_norm_compile(backend, kind):
             inputs = leaves(tensors)
             outputs = function(*inputs)
             results.append([*outputs, *gradients(outputs, inputs[used])])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        for eager, traced in zip(*results, strict=True):
+            check_same(backend, traced, eager)
 
 
 def test_norm_under_torch_func(backend):
