@@ -46,6 +46,15 @@ def _sum_rows(value, ROWS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _of_gradient(rstd, cols, RMS: tl.constexpr):
+    """rstd, but 0 where a layer norm's row of one element has no gradient: the compiler may fuse
+    the product g into g - mean(g), which then keeps its rounding."""
+    if RMS:
+        return rstd
+    return tl.where(cols == 1, 0.0, rstd)
+
+
+@triton.jit
 def _finish(
     gradient, dz, dx, dresidual,
     row, exists, dz_stride, start, cols,
@@ -111,6 +120,7 @@ def norm_bwd(
                 gs, xhats = gs + (g,), xhats + (xhat,)
         dw, db = dws, dbs
         if dx is not None:
+            rstd = _of_gradient(rstd, cols, RMS)
             along_rstd = (tl.sum(along, axis=1) * -inverse)[:, None] * rstd
             level = 0.0 if RMS else (tl.sum(total, axis=1) * inverse)[:, None]
             for c in tl.static_range(CHUNKS):
