@@ -193,9 +193,9 @@ def norm_fwd_wide(
     k0, k1 = load_keys(seed) if DROPOUT else (0, 0)
     mean = 0.0
     if not RMS:
-        value = _read(x, residual, y, row, x_stride, residual_stride, 0, cols,
-                      k0, k1, threshold, scale, DROPOUT, 8, False)  # fmt: skip
-        mean = tl.sum(_first(value, 8), axis=0)
+        head = _read(x, residual, y, row, x_stride, residual_stride, 0, cols,
+                     k0, k1, threshold, scale, DROPOUT, 8, False)  # fmt: skip
+        mean = tl.sum(_first(head, 8), axis=0)
     squares = 0.0
     for start in range(0, cols, CHUNK):
         col = start + tl.arange(0, CHUNK)
