@@ -129,11 +129,23 @@ inline Compute<T> centred_squares(const T* z, int64_t cols, Compute<T> mean) {
   });
 }
 
+// The mean as an offset from the first element: exact where all elements are equal, and closer than
+// a plain sum where they stand far from zero. kScale keeps the differences of any row of finite
+// elements, and their sum, from overflow.
 template <class T>
 inline Compute<T> row_mean(const NormShape& s, const T* z) {
   using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr C kScale = C(1) / C(int64_t{1} << 40);
   if (s.rms) return C(0);
-  return row_sum(z, s.cols, [](auto t, auto v, int) { return t + v; }) / static_cast<C>(s.cols);
+  const C first = as_float(z[0]);
+  const V scale = V::set1(kScale), origin = V::set1(-first * kScale);
+  const C sum = row_sum(z, s.cols, [=](V t, V v, int lanes) {
+    V d = V::fma(v, scale, origin);  // exact products: one rounding with or without an FMA
+    if (lanes != V::kLanes) d = V::keep(V::Mask::first(lanes), d);
+    return t + d;
+  });
+  return std::fma(sum, C(1) / kScale / static_cast<C>(s.cols), first);
 }
 
 template <class T>
@@ -277,10 +289,12 @@ struct Backward {
     reduce_rows<kRows, false>(r, nullptr, nullptr);
   }
 
-  // out = (g - mean_g - xhat * mean_gx) * rstd (+ dz).
+  // out = (g - mean_g - xhat * mean_gx) * rstd (+ dz). Of a row of one element that is 0; said
+  // outright, as the compiler may fuse the product g into a difference that keeps its rounding.
   template <bool kStream, class Out>
   void write_gradient(const Row& r, const T* dz, Out* out) const {
-    const V mean = V::set1(r.mean), rstd = V::set1(r.rstd);
+    const V mean = V::set1(r.mean);
+    const V rstd = V::set1(s.cols == 1 && !s.rms ? C(0) : r.rstd);
     const V mean_g = V::set1(r.mean_g), slope = V::set1(r.mean_gx * r.rstd);
     const Scale<V, W> scale(s, a.weight);
     const T *z = r.z, *dy = r.dy;

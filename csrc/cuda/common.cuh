@@ -54,9 +54,9 @@ __device__ inline float to_float(BFloat16 v) {
 __device__ inline float to_float(Float16 v) { return ptx::cvt_f32_f16(v.bits); }
 
 // The two elements of a 32-bit word, the lower one first.
-__device__ inline float low_half(uint32_t pair, BFloat16) { return ptx::shl_b32(pair, 16); }
+__device__ inline float low_half(uint32_t pair, BFloat16) { return ptx::shl_b32<16>(pair); }
 __device__ inline float high_half(uint32_t pair, BFloat16) {
-  return ptx::and_b32(pair, 0xffff0000u);
+  return ptx::and_b32<0xffff0000u>(pair);
 }
 __device__ inline float low_half(uint32_t pair, Float16) {
   return ptx::cvt_f32_f16(static_cast<uint16_t>(pair));

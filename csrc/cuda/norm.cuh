@@ -110,11 +110,18 @@ __device__ inline float dot_of(const float (&a)[N], const float (&b)[N]) {
   return sum;
 }
 
+// A layer norm's row whose variance is below this share of its squared mean asks for a better mean
+// than that of its sum: one that is exact where all elements are equal.
+constexpr float kLost = 1.0f / (1 << 20);
+// Of differences, so that those of any row of finite elements, and their sum, do not overflow.
+constexpr float kOffsetScale = 1.0f / (int64_t{1} << 33);
+
 // What the device needs of NormShape.
 struct NormScalars {
   int64_t rows;
   int cols;
   float eps, inv_cols;
+  float lost, lost_from;  // see may_be_lost
   bool rms, unit_offset, vector;
   DType weight_dtype;
   Dropout dropout;
@@ -125,6 +132,8 @@ inline NormScalars norm_scalars(const NormShape& s, int pack, bool vector) {
           static_cast<int>(s.cols),
           static_cast<float>(s.eps),
           static_cast<float>(1.0 / static_cast<double>(s.cols)),
+          kLost * static_cast<float>(s.cols),
+          s.rms ? -1.0f : 0.0f,
           s.rms,
           s.unit_offset,
           vector && s.cols % pack == 0,

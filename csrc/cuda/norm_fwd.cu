@@ -3,6 +3,8 @@
 // norm_fwd: the row stays in registers, so the variance is that of the centred values at no further
 // read. Bytes moved: x, residual, z, y once; weight and bias once a group, exact kernels: once a
 // block.
+#include <cfloat>
+
 #include "kernels.h"
 #include "launch.cuh"
 #include "norm_exact.cuh"
@@ -20,6 +22,7 @@ struct FwdParams {
   void *z, *y;
   float *mean, *rstd;
   int lanes, rows_per_group;
+  bool plain;  // z is x, and not wanted
 };
 
 // z of a pack of columns of a row, rounded as it is stored.
@@ -73,6 +76,48 @@ __device__ inline void load_affine(const FwdParams& p, int col, float (&w)[N], f
   if (p.bias != nullptr) load_pack_as(p.s.weight_dtype, p.bias, col, p.s.cols, p.s.vector, b);
 }
 
+// Whether the rounding of the mean may show in a row whose centred elements have these squares, or
+// its sum overflowed. Such a row is centred again by offset_mean; so is one of zeros, which has no
+// need of it, unless the caller looks. No row is, for rms.
+__device__ inline bool may_be_lost(const NormScalars& s, float mean, float square) {
+  return !(square > fmaf(mean * s.lost, mean, s.lost_from));
+}
+
+// The differences from `from` of a pack of columns, summed and scaled.
+template <int N>
+__device__ inline float offset_sum(const float (&z)[N], float from, int col, const NormScalars& s) {
+  float d[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) d[i] = fmaf(z[i], kOffsetScale, -from * kOffsetScale);
+  clear_missing(d, col, s);
+  return sum_of(d);
+}
+
+__device__ inline float offset_mean(float first, float sum, const NormScalars& s) {
+  return fmaf(sum, s.inv_cols * (1.0f / kOffsetScale), first);
+}
+
+// The mean of a row that is read for it. A thread's differences are from its own first element, so
+// that one read is enough. active: others still take part in the sums.
+template <class X, class T>
+__device__ inline float row_mean(const FwdParams& p, int64_t row, int lane, bool active,
+                                 GroupSum& total) {
+  constexpr int N = kPackOf<X, T>;
+  const NormScalars& s = p.s;
+  const int end = active ? s.cols : 0;
+  float own = 0.0f, sum = 0.0f, count = 0.0f;
+  for (int col = lane * N; col < end; col += total.lanes * N) {
+    float z[N];
+    load_z<X, T>(p, row, col, z);
+    if (col == lane * N) own = z[0];
+    sum += offset_sum(z, own, col, s);
+    count += static_cast<float>(min(N, s.cols - col));
+  }
+  const float first = total(lane == 0 ? own : 0.0f);
+  sum = fmaf(count, own * kOffsetScale - first * kOffsetScale, sum);
+  return offset_mean(first, total(sum), s);
+}
+
 // A lane's packs of z of one row, kept where it is wanted; gives their sum (0 for rms). here(c):
 // whether the lane has pack c of this row.
 template <class X, class T, int kPacks, int N, class Here>
@@ -114,13 +159,27 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_kernel(const FwdParam
     const auto here = [&](int c) { return active && (c * p.lanes + lane) * N < s.cols; };
     float z[kPacks][N];
     const float sum = load_row<X, T>(p, row, lane, here, z);
-    const float mean = s.rms ? 0.0f : total(sum) * s.inv_cols;
+    // Finite, so that row_mean can still move what it centred.
+    float mean = s.rms ? 0.0f : fmaxf(fminf(total(sum) * s.inv_cols, FLT_MAX), -FLT_MAX);
     float square = 0.0f;
 #pragma unroll
     for (int c = 0; c < kPacks; ++c) {
       if (here(c)) square += centre(z[c], mean, (c * p.lanes + lane) * N, s);
     }
-    const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
+    square = total(square);
+    const bool lost = may_be_lost(s, mean, square) && mean != 0.0f;
+    if (__any_sync(kAllLanes, lost)) {
+      const float better = row_mean<X, T>(p, row, lane, active, total);
+      const float shift = lost ? better - mean : 0.0f;
+      float again = 0.0f;
+#pragma unroll
+      for (int c = 0; c < kPacks; ++c) {
+        if (here(c)) again += centre(z[c], shift, (c * p.lanes + lane) * N, s);
+      }
+      again = total(again);
+      if (lost) mean = better, square = again;
+    }
+    const float rstd = rsqrtf(square * s.inv_cols + s.eps);
     if (active && lane == 0) store_statistics(p, row, mean, rstd);
 #pragma unroll
     for (int c = 0; c < kPacks; ++c) {
@@ -151,12 +210,33 @@ __device__ inline void finish_z(const FwdParams& p, int64_t row, int first, floa
 template <int kPacks, int N>
 __device__ inline float centre_row(float (&z)[kPacks][N], const NormScalars& s, GroupSum& total) {
   if (s.rms) return 0.0f;
-  float sum = 0.0f;
+  float sum = sum_of(z[0]);
 #pragma unroll
-  for (int c = 0; c < kPacks; ++c) sum += sum_of(z[c]);
+  for (int c = 1; c < kPacks; ++c) sum += sum_of(z[c]);
   const float mean = total.of_warps(sum) * s.inv_cols;
   for_each(z, [&](float& v, int, int) { v -= mean; });
   return mean;
+}
+
+// The same by offset_mean.
+template <int kPacks, int N>
+__device__ inline float centre_row_again(float (&z)[kPacks][N], const NormScalars& s,
+                                         GroupSum& total, int lane) {
+  const float first = total.of_warps(lane == 0 ? z[0][0] : 0.0f);
+  float sum = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kPacks; ++c) sum += offset_sum(z[c], first, 0, s);
+  const float mean = offset_mean(first, total.of_warps(sum), s);
+  for_each(z, [&](float& v, int, int) { v -= mean; });
+  return mean;
+}
+
+template <int kPacks, int N>
+__device__ inline float squares_of(const float (&z)[kPacks][N]) {
+  float sum = dot_of(z[0], z[0]);
+#pragma unroll
+  for (int c = 1; c < kPacks; ++c) sum += dot_of(z[c], z[c]);
+  return sum;
 }
 
 // The next row is on its way while one is computed.
@@ -183,12 +263,18 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_fwd_exact_kernel(const Fw
     raw.unpack(z);
     const bool last = row + 1 == end;
     if (!last) raw.load_global(x += x_step);
-    finish_z<T>(p, row, first, z);
-    const float mean = centre_row(z, s, total);
-    float square = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kPacks; ++c) square += dot_of(z[c], z[c]);
-    const float rstd = rsqrtf(total.of_warps(square) * s.inv_cols + s.eps);
+    if (!p.plain) finish_z<T>(p, row, first, z);
+    float mean = centre_row(z, s, total);
+    float square = total.of_warps(squares_of(z));
+    if (may_be_lost(s, mean, square) && __any_sync(kAllLanes, mean != 0.0f)) {
+      ExactPacks<T, kPacks> again;
+      again.load_global(last ? x : x - x_step);
+      again.unpack(z);
+      if (!p.plain) finish_z<T>(p, row, first, z);
+      mean = centre_row_again(z, s, total, place.lane);
+      square = total.of_warps(squares_of(z));
+    }
+    const float rstd = rsqrtf(square * s.inv_cols + s.eps);
     if (place.lane == 0) store_statistics(p, row, mean, rstd);
     for_each(z, [&](float& v, int c, int i) { v = v * rstd * affine[0][c][i] + affine[1][c][i]; });
     ExactPacks<T, kPacks> packed;
@@ -208,16 +294,8 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
   const int64_t row = blockIdx.x;
   const int first = threadIdx.x * N, step = kLoopThreads * N;
   GroupSum total(shared_bytes, kLoopThreads);
-  float z[N];
-  float mean = 0.0f, square = 0.0f;
-  if (!s.rms) {
-    float sum = 0.0f;
-    for (int col = first; col < s.cols; col += step) {
-      load_z<X, T>(p, row, col, z);
-      sum += sum_of(z);
-    }
-    mean = total(sum) * s.inv_cols;
-  }
+  const float mean = s.rms ? 0.0f : row_mean<X, T>(p, row, threadIdx.x, true, total);
+  float z[N], square = 0.0f;
   for (int col = first; col < s.cols; col += step) {
     load_z<X, T>(p, row, col, z);
     square += centre(z, mean, col, s);
@@ -263,7 +341,8 @@ FwdParams fwd_params(const NormFwdArgs& a, int pack, const RowPlan& plan) {
           static_cast<float*>(a.mean),
           static_cast<float*>(a.rstd),
           plan.lanes,
-          plan.rows_per_group};
+          plan.rows_per_group,
+          a.residual == nullptr && a.z == nullptr && s.drop_threshold == 0};
 }
 
 }  // namespace

@@ -182,15 +182,17 @@ __device__ inline float cvt_f32_f16(uint16_t half) {
 }
 
 // Bits as a float, without the move from an integer register to a float's that a cast takes in PTX.
-__device__ inline float shl_b32(uint32_t bits, uint32_t by) {
+template <int kBy>
+__device__ inline float shl_b32(uint32_t bits) {
   float value;
-  asm("shl.b32 %0, %1, %2;" : "=f"(value) : "r"(bits), "r"(by));
+  asm("shl.b32 %0, %1, %2;" : "=f"(value) : "r"(bits), "n"(kBy));
   return value;
 }
 
-__device__ inline float and_b32(uint32_t bits, uint32_t mask) {
+template <uint32_t kMask>
+__device__ inline float and_b32(uint32_t bits) {
   float value;
-  asm("and.b32 %0, %1, %2;" : "=f"(value) : "r"(bits), "r"(mask));
+  asm("and.b32 %0, %1, %2;" : "=f"(value) : "r"(bits), "n"(kMask));
   return value;
 }
 

@@ -24,6 +24,15 @@ def _keep(spec: NormSpec, seed: Tensor) -> Tensor:
     return random.flat_keep_mask(seed, (spec.rows, spec.cols), spec.dropout_p)
 
 
+def _mean(z: Tensor) -> Tensor:
+    """Of each row, as an offset from its first element: exact where all elements are equal. Scaled,
+    so that no difference of finite elements overflows."""
+    scale = 2.0**-40
+    first = z[:, :1].sum(1)  # 0 without columns
+    offset = (z * scale - first[:, None] * scale).mean(1)
+    return torch.addcmul(first, offset, torch.full_like(offset, 1 / scale))
+
+
 def forward(
     spec: NormSpec,
     x: Tensor,
@@ -38,7 +47,7 @@ def forward(
     if residual is not None:
         # The sum is the stream that the next layer reads: rounded before it is normalised.
         z = (z + _rows(residual, spec)).to(spec.dtype).to(z.dtype)
-    mean = z.mean(1)
+    mean = _mean(z)
     centred = z if spec.rms else z - mean[:, None]
     rstd = (centred.square().mean(1) + spec.eps).rsqrt()
     y = centred * rstd[:, None]

@@ -46,6 +46,24 @@ def _sum_rows(value, ROWS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _load_xhat(z, row, stride, col, cols, mean, rstd, RMS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile; 0 beyond cols, where a mean of 1e37 would give Inf."""
+    xhat = (load_tile(z, row, stride, col, cols, EVEN) - mean) * rstd
+    if not EVEN and not RMS:
+        xhat = tl.where((col < cols)[None, :], xhat, 0.0)
+    return xhat
+
+
+@triton.jit
+def _of_gradient(rstd, cols, RMS: tl.constexpr):
+    """rstd, but 0 where a layer norm's row of one element has no gradient: the compiler may fuse
+    the product g into g - mean(g), which then keeps its rounding."""
+    if RMS:
+        return rstd
+    return tl.where(cols == 1, 0.0, rstd)
+
+
+@triton.jit
 def _finish(
     gradient, dz, dx, dresidual,
     row, exists, dz_stride, start, cols,
@@ -97,7 +115,7 @@ def norm_bwd(
         for c in tl.static_range(CHUNKS):
             col = c * CHUNK + tl.arange(0, CHUNK)
             d = _load_rows(dy, row, exists, dy_stride, col, cols, EVEN)
-            xhat = (load_tile(z, row, z_stride, col, cols, EVEN) - mean) * rstd
+            xhat = _load_xhat(z, row, z_stride, col, cols, mean, rstd, RMS, EVEN)
             if dweight is not None:
                 dws = dws + (dw[c] + d * xhat,)
             if dbias is not None:
@@ -111,6 +129,7 @@ def norm_bwd(
                 gs, xhats = gs + (g,), xhats + (xhat,)
         dw, db = dws, dbs
         if dx is not None:
+            rstd = _of_gradient(rstd, cols, RMS)
             along_rstd = (tl.sum(along, axis=1) * -inverse)[:, None] * rstd
             level = 0.0 if RMS else (tl.sum(total, axis=1) * inverse)[:, None]
             for c in tl.static_range(CHUNKS):
@@ -150,7 +169,7 @@ def norm_bwd_wide(
         if weight is not None:
             w = tl.load(weight + col, mask=col < cols, other=0.0).to(tl.float32)
             g *= (w + 1.0 if UNIT_OFFSET else w)[None, :]
-        along += g * ((load_tile(z, row, z_stride, col, cols, False) - mean) * rstd)
+        along += g * _load_xhat(z, row, z_stride, col, cols, mean, rstd, RMS, False)
         total += g
     along_rstd = -tl.sum(along, axis=1)[:, None] / cols * rstd
     level = 0.0 if RMS else tl.sum(total, axis=1)[:, None] / cols

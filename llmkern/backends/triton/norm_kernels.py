@@ -18,6 +18,8 @@ import triton.language as tl
 from llmkern.backends.triton.philox_kernels import flat_keep, load_keys
 
 VARYING = ["rows", "eps", "threshold", "scale"]
+# Differences of finite elements, and sums of 2^32 of them, do not overflow.
+OFFSET_SCALE = tl.constexpr(2.0**-33)
 
 
 @triton.jit
@@ -92,6 +94,22 @@ def _read(
 
 
 @triton.jit
+def _first(value, CHUNK: tl.constexpr):
+    """The first element of each row, of its first tile. The mean is summed as an offset from it:
+    exact where all elements are equal, and closer than a plain sum where they stand far from zero."""
+    return tl.sum(tl.where((tl.arange(0, CHUNK) == 0)[None, :], value, 0.0), axis=1)
+
+
+@triton.jit
+def _offset(value, first, start, cols, CHUNK: tl.constexpr, EVEN: tl.constexpr):
+    """Scaled differences of a tile from first; 0 beyond cols. No product is rounded."""
+    offset = value * OFFSET_SCALE - first * OFFSET_SCALE
+    if not EVEN:
+        offset = tl.where((start + tl.arange(0, CHUNK) < cols)[None, :], offset, 0.0)
+    return offset
+
+
+@triton.jit
 def _store_statistic(pointer, row, exists, value, LANES: tl.constexpr):
     """One value a row. Spread over the lanes of a row, of which the first writes: a store of a
     vector would gather it from the warps through shared memory."""
@@ -128,10 +146,14 @@ def norm_fwd(
                           k0, k1, threshold, scale, DROPOUT, CHUNK, EVEN)  # fmt: skip
             if z is not None:
                 store_tile(z, row, exists, c * CHUNK + tl.arange(0, CHUNK), cols, value, EVEN)
-            total += value * value if RMS else value
+            if RMS:
+                total += value * value
             pieces = pieces + (value,)
         if not RMS:
-            mean = tl.sum(total, axis=1) * inverse
+            first = _first(pieces[0], CHUNK)
+            for c in tl.static_range(CHUNKS):
+                total += _offset(pieces[c], first[:, None], c * CHUNK, cols, CHUNK, EVEN)
+            mean = tl.sum(total, axis=1) * (inverse / OFFSET_SCALE) + first
             _store_statistic(statistics, row, exists, mean, LANES)
             total = tl.zeros([ROWS, CHUNK], tl.float32)
             centred = ()
@@ -164,11 +186,16 @@ def norm_fwd_wide(
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program a row. Mean and squares of the blocks are merged pairwise (Chan, Golub and
-    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979)."""
+    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979); the
+    first mean is an element of the row."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     exists = row < rows
     k0, k1 = load_keys(seed) if DROPOUT else (0, 0)
     mean = 0.0
+    if not RMS:
+        head = _read(x, residual, y, row, x_stride, residual_stride, 0, cols,
+                     k0, k1, threshold, scale, DROPOUT, 8, False)  # fmt: skip
+        mean = tl.sum(_first(head, 8), axis=0)
     squares = 0.0
     for start in range(0, cols, CHUNK):
         col = start + tl.arange(0, CHUNK)
@@ -180,9 +207,9 @@ def norm_fwd_wide(
             squares += tl.sum(value * value)
         else:
             count = tl.minimum(cols - start, CHUNK).to(tl.float32)
-            block_mean = tl.sum(value) / count
-            value = tl.where((col < cols)[None, :], value - block_mean, 0.0)
-            away = block_mean - mean
+            offset = tl.sum(_offset(value, mean, start, cols, CHUNK, False))
+            away = offset / count * (1.0 / OFFSET_SCALE)
+            value = tl.where((col < cols)[None, :], value - (mean + away), 0.0)
             share = count / (start + count)
             mean += away * share
             squares += tl.sum(value * value) + away * away * start * share
