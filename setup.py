@@ -78,9 +78,9 @@ def optimised(*flags: str) -> list[str]:
 
 def cpu_objects() -> list[tuple[str, Path, list[str]]]:
     """(object name, source, extra flags) for everything in the CPU extension."""
-    own = optimised("-O3", "-fopenmp", "-fno-trapping-math", "-ffp-contract=fast")
+    own = optimised("-O3", "-fno-trapping-math", "-ffp-contract=fast")
     objects = [(p.stem, p, own) for p in sorted((ROOT / CPU).glob("bindings*.cpp"))]
-    objects.append(("kernel_table", ROOT / CPU / "kernel_table.cpp", own))
+    objects += [(name, ROOT / CPU / f"{name}.cpp", own) for name in ("kernel_table", "threads")]
     isas = {"scalar": "", **(X86_FLAGS if is_x86() else {})}
     for isa, flags in isas.items():
         for name in BF16_SOURCES if isa == "avx512_bf16" else KERNEL_SOURCES:

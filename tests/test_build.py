@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from llmkern.backends.cpu import _ext
 
@@ -41,11 +40,12 @@ def test_extension_needs_no_torch_and_no_openmp_library(extension):
     assert not [n for n in needed if re.search(r"torch|c10|gomp|omp|mkl", n)], needed
 
 
-def test_extension_has_no_undefined_torch_symbol(extension):
+def test_extension_leaves_no_symbol_of_torch_or_of_an_openmp_runtime_undefined(extension):
     symbols = _dynamic(extension, "--dyn-syms", "--wide")
     undefined = [line.split()[-1] for line in symbols.splitlines() if " UND " in line]
-    assert any(name.startswith("GOMP_parallel") for name in undefined), "OpenMP is compiled in"
-    assert not [n for n in undefined if re.search(r"torch|c10|_ZN2at|caffe", n)]
+    assert undefined
+    foreign = r"torch|c10|_ZN2at|caffe|GOMP|^omp_|kmpc?_"
+    assert not [n for n in undefined if re.search(foreign, n)]
 
 
 def test_extension_exports_only_its_init_function(extension):
@@ -70,21 +70,6 @@ print(sorted(n for n in names if "gomp" in n or "iomp" in n or "libomp" in n))
     run = _python(code)
     assert run.returncode == 0, run.stderr
     assert len(eval(run.stdout)) == 1, run.stdout
-
-
-def test_threads_follow_torch(extension):
-    x = torch.randn(512, 1024)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            import llmkern
-
-            results.append(llmkern.functional.layer_norm(x, (1024,), backend="cpu"))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*results)
 
 
 def test_isa_variable_forces_a_lower_instruction_set():

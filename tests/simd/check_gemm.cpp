@@ -1,15 +1,11 @@
 // Matrix products with their epilogues, the epilogue alone and the pass in front of the backward
 // products, against plain double arithmetic: each way of cutting a product, operands of any
-// strides, sizes around the register tile. One thread: the OpenMP entry points that parallel.h
-// calls are defined here.
+// strides, sizes around the register tile. One thread.
 #include "check.h"
 #include "decisions.h"
 #include "gemm.cpp"
 #include "linear.cpp"
-
-extern "C" int omp_in_parallel(void) { return 0; }
-extern "C" int omp_get_max_threads(void) { return 1; }
-extern "C" int omp_get_thread_num(void) { return 0; }
+#include "threads.cpp"
 
 namespace llmkern {
 namespace LLMKERN_ISA {
