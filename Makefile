@@ -9,7 +9,7 @@ REPORTS ?= reports
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml tools/cuda_build.py
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml tools/cuda_build.py tools/cpp_build.py
 INSTALLED := $(VENV)/.requirements
 BUILT := $(VENV)/.built
 # What measuring on a CPU needs: neither the CUDA C++ kernels nor the emulator, minutes to build.

@@ -194,7 +194,13 @@ void check_all(DType dtype, double tolerance) {
             {size[0], size[1], size[2], layouts / 3, layouts % 3, kind, gated, turn % 2 == 0,
              preact, !gated && turn % 7 < 3, !gated && turn % 4 == 2 ? 13107u : 0u},
             dtype, tolerance * (1 + 0.1 * std::sqrt(static_cast<double>(size[2]))));
-      Case bare{size[0], size[1], size[2], layouts / 3, layouts % 3, Activation::kNone};
+      Case bare{};
+      bare.m = size[0];
+      bare.n = size[1];
+      bare.k = size[2];
+      bare.a_layout = layouts / 3;
+      bare.b_layout = layouts % 3;
+      bare.activation = Activation::kNone;
       check(&t, bare, dtype, tolerance * (1 + 0.1 * std::sqrt(static_cast<double>(size[2]))));
     }
   }
