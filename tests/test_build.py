@@ -1,7 +1,9 @@
 """The compiled extension: free of torch, one OpenMP runtime, an instruction set by choice."""
 
+import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from llmkern.backends.cpu import _ext
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +116,63 @@ def test_missing_extension_is_reported_not_hidden(monkeypatch):
         assert _ext.unavailable("cpu") == loaded.reason
     finally:
         _ext.load.cache_clear()
+
+
+@pytest.fixture
+def cpp_build(monkeypatch):
+    for name in ("CXX", "CXXFLAGS", "LLMKERN_SANITIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    yield importlib.import_module("cpp_build")
+    sys.modules.pop("cpp_build")
+
+
+# The threads, portable vectors, shuffles, loops over lanes.
+WITHOUT_WARNING = "threads elementwise.scalar op_ldmatrix op_mma"
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize("name", WITHOUT_WARNING.split())
+def test_sources_compile_without_a_warning(cpp_build, monkeypatch, tmp_path, compiler, name):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not on PATH")
+    monkeypatch.setenv("CXX", compiler)
+    objects = [*cpp_build.cpu_objects(), *cpp_build.emulator_objects()]
+    found = {stem: (source, flags) for stem, source, flags in objects}
+    if name not in found:
+        pytest.skip(f"{name} is not built for this processor")
+    source, flags = found[name]
+    command = [*cpp_build.compiler(), *cpp_build.common_flags(), *flags, "-Werror", "-c", source]
+    run = subprocess.run([*command, "-o", tmp_path / "object"], capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, run.stderr
+
+
+def test_flags_are_asked_of_the_compiler_with_its_arguments(cpp_build, monkeypatch, tmp_path):
+    """CXX may hold a launcher and arguments; a flag that only warns is not accepted."""
+    script = tmp_path / "launcher"
+    script.write_text('#!/bin/sh\nfor a; do test "$a" = -fodd && exit 1; done\nexit 0\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{script} some-compiler -m64")
+    assert cpp_build.compiler() == [str(script), "some-compiler", "-m64"]
+    assert cpp_build.where_accepted("-feven", "-g") == ["-feven", "-g"]
+    assert cpp_build.where_accepted("-feven", "-fodd") == []
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    assert cpp_build.where_accepted("-g") == []
+
+
+def test_no_compile_line_asks_for_openmp(cpp_build):
+    objects = [*cpp_build.cpu_objects(), *cpp_build.emulator_objects()]
+    lines = [cpp_build.common_flags(), cpp_build.link_flags(), *(flags for _, _, flags in objects)]
+    assert not [flag for flags in lines for flag in flags if "openmp" in flag]
+
+
+def test_modules_link_on_macos_with_what_its_linker_has(cpp_build, monkeypatch):
+    monkeypatch.setattr(cpp_build.sys, "platform", "darwin")
+    assert cpp_build.link_flags() == ["-bundle", "-undefined", "dynamic_lookup"]
+
+
+def test_setuptools_is_new_enough_for_the_licence_string():
+    """`license = "BSD-3-Clause"`: 77 is the first that reads an SPDX expression there."""
+    for name in ("pyproject.toml", "requirements-dev.txt"):
+        (version,) = re.findall(r"setuptools>=(\d+)", (ROOT / name).read_text())
+        assert int(version) >= 77, name
