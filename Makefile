@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 ISA_ARGS ?=
 
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml tools/cuda_build.py
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml tools/cuda_build.py tools/cpp_build.py
 INSTALLED := $(VENV)/.requirements
 BUILT := $(VENV)/.built
 # What measuring on a CPU needs: neither the CUDA C++ kernels nor the emulator, minutes to build.

@@ -1,21 +1,21 @@
 """Builds the compiled parts without torch: plain C++ with pybind11, objects in parallel by ninja.
 
 llmkern._C_cpu holds the CPU kernels; its sources are compiled once per instruction set, each into a
-namespace of its own, and it picks one at run time. OpenMP is compiled in but not linked: at load,
-llmkern.backends.cpu._ext hands the extension the OpenMP runtime that torch has mapped already,
-whatever its file is called there. llmkern._C_emulator executes PTX on the CPU; beside it lies the
-stand-in for libcudart.so.13 that brings it the launches of libraries built by nvcc.
+namespace of its own, and it picks one at run time. No compiler's OpenMP takes part, which would ask
+for a runtime of that compiler's: at load the extension is handed the entry points of the runtime
+that torch has mapped (csrc/cpu/threads.h), so GCC's and clang's builds run on the same threads.
+llmkern._C_emulator executes PTX on the CPU; beside it lies the stand-in for libcudart.so.13 that
+brings it the launches of libraries built by nvcc. Sources and flags of these: tools/cpp_build.py.
 llmkern._C_cuda and llmkern._C_cuda_emulated hold the CUDA kernels, where there is an nvcc
 (tools/cuda_build.py).
 
 Environment: LLMKERN_CUDA, LLMKERN_CUDA_ARCHS, CUDA_HOME (tools/cuda_build.py); LLMKERN_EMULATOR=off
-and LLMKERN_CPU=off leave the emulator or the CPU kernels out; CXX, CXXFLAGS;
-LLMKERN_SANITIZE=1 builds all but the CUDA part with AddressSanitizer and
-UndefinedBehaviorSanitizer.
+and LLMKERN_CPU=off leave the emulator or the CPU kernels out; CXX (g++ or clang++, with arguments
+or a launcher in front), CXXFLAGS; LLMKERN_SANITIZE=1 builds all but the CUDA part with
+AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -28,84 +28,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import cpp_build  # noqa: E402
 import cuda_build  # noqa: E402
-
-CPU = Path("csrc/cpu")
-EMULATOR = Path("csrc/emulator")
-CUDART = EMULATOR / "cudart"
-CUDART_NAME = cuda_build.RUNTIME
-KERNEL_SOURCES = "attention_bwd attention_fwd elementwise gemm linear norm probe".split()
-BF16_SOURCES = ["probe"]  # those with kernels in LLMKERN_CPU_BF16_KERNELS (kernel_list.h)
-X86_FLAGS = {
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq",
-}
-X86_FLAGS["avx512"] += " -mprefer-vector-width=512"
-X86_FLAGS["avx512_bf16"] = X86_FLAGS["avx512"] + " -mavx512bf16 -mavx512vnni"
-
-
-def is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
-
-
-def common_flags() -> list[str]:
-    """For every object of every extension, before the object's own."""
-    import pybind11
-
-    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
-    # GCC warns about the deliberately undefined sources inside its own AVX-512 headers.
-    flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-    flags += ["-fno-math-errno"]
-    if os.environ.get("LLMKERN_SANITIZE") == "1":
-        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
-    if is_x86():
-        flags.append("-DLLMKERN_HAVE_X86")
-    includes = [
-        ROOT / "csrc/include",
-        ROOT / CPU,
-        ROOT / EMULATOR,
-        pybind11.get_include(),
-        sysconfig.get_path("include"),
-    ]
-    return flags + [f"-I{path}" for path in includes]
-
-
-def optimised(*flags: str) -> list[str]:
-    """An object's own flags; a sanitizer build is optimised less, CXXFLAGS come last."""
-    level = ["-O1"] if os.environ.get("LLMKERN_SANITIZE") == "1" else []
-    return [*flags, *level, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-
-
-def cpu_objects() -> list[tuple[str, Path, list[str]]]:
-    """(object name, source, extra flags) for everything in the CPU extension."""
-    own = optimised("-O3", "-fopenmp", "-fno-trapping-math", "-ffp-contract=fast")
-    objects = [(p.stem, p, own) for p in sorted((ROOT / CPU).glob("bindings*.cpp"))]
-    objects.append(("kernel_table", ROOT / CPU / "kernel_table.cpp", own))
-    isas = {"scalar": "", **(X86_FLAGS if is_x86() else {})}
-    for isa, flags in isas.items():
-        for name in BF16_SOURCES if isa == "avx512_bf16" else KERNEL_SOURCES:
-            extra = [*own, f"-DLLMKERN_ISA={isa}", *shlex.split(flags)]
-            objects.append((f"{name}.{isa}", ROOT / CPU / f"{name}.cpp", extra))
-    return objects
-
-
-def emulator_objects() -> list[tuple[str, Path, list[str]]]:
-    """The emulator: IEEE arithmetic as written, lane loops vectorised."""
-    own = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fno-strict-aliasing"]
-    own = optimised(*own, "-ffp-contract=off", "-frounding-math", "-pthread")
-    return [(p.stem, p, own) for p in sorted((ROOT / EMULATOR).glob("*.cpp"))]
-
-
-def cudart_objects() -> list[tuple[str, Path, list[str]]]:
-    own = optimised("-O2", "-fvisibility=default")
-    return [(f"cudart_{p.stem}", p, own) for p in sorted((ROOT / CUDART).glob("*.cpp"))]
-
 
 OBJECTS = {}
 if os.environ.get("LLMKERN_CPU") != "off":
-    OBJECTS["llmkern._C_cpu"] = cpu_objects
+    OBJECTS["llmkern._C_cpu"] = cpp_build.cpu_objects
 if os.environ.get("LLMKERN_EMULATOR") != "off":
-    OBJECTS["llmkern._C_emulator"] = emulator_objects
+    OBJECTS["llmkern._C_emulator"] = cpp_build.emulator_objects
+# A library of this name stands in for NVIDIA's where programs for a GPU are ELF files.
+CUDART_NAME = cuda_build.RUNTIME if sys.platform == "linux" else None
 # Not checked here: setup.py also runs to ask what the build requires.
 TOOLKIT = cuda_build.wanted()
 CUDA_MODULE = "llmkern._C_cuda"
@@ -117,30 +49,25 @@ def ninja_path(path: Path) -> str:
 
 
 def write_ninja(name: str, build_dir: Path, output: Path) -> None:
-    cxx = os.environ.get("CXX", "c++")
-    link = ["-shared"]
-    if os.environ.get("LLMKERN_SANITIZE") == "1":
-        link.append("-fsanitize=address,undefined")
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {cxx}",
-        f"flags = {shlex.join(common_flags())}",
+        f"cxx = {shlex.join(cpp_build.compiler())}",
+        f"flags = {shlex.join(cpp_build.common_flags())}",
         "rule compile",
         "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx {shlex.join(link)} $options $in -o $out",
+        f"  command = $cxx {shlex.join(cpp_build.link_flags())} $options $in -o $out",
     ]
     if name == CUDA_MODULE:
         emulated = output.with_name(CUDA_EMULATED)
         lines += cuda_build.ninja_lines(ROOT, TOOLKIT, output, emulated, ninja_path)
     else:
         lines += linked(output, OBJECTS[name](), "")
-    if name == "llmkern._C_emulator":
-        exports = ROOT / CUDART / "exports.map"
-        options = f"-Wl,-soname,{CUDART_NAME} -Wl,--version-script={shlex.quote(str(exports))}"
-        lines += linked(output.with_name(CUDART_NAME), cudart_objects(), options)
+    if name == "llmkern._C_emulator" and CUDART_NAME:
+        options = shlex.join(cpp_build.cudart_link_flags(CUDART_NAME))
+        lines += linked(output.with_name(CUDART_NAME), cpp_build.cudart_objects(), options)
     (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
@@ -159,7 +86,7 @@ def linked(output: Path, objects: list[tuple[str, Path, list[str]]], options: st
 class NinjaBuildExt(build_ext):
     def beside(self) -> list[Path]:
         """Libraries that come with an extension without being one to setuptools."""
-        names = [CUDART_NAME] if "llmkern._C_emulator" in OBJECTS else []
+        names = [CUDART_NAME] if CUDART_NAME and "llmkern._C_emulator" in OBJECTS else []
         names += [CUDA_EMULATED] if TOOLKIT else []
         return [Path(self.build_lib) / "llmkern" / name for name in names]
 

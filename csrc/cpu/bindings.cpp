@@ -49,6 +49,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   bind_linear(m);
   bind_norm(m);
   bind_probe(m);
+  bind_threads(m);
 }
 
 }  // namespace llmkern

@@ -17,5 +17,6 @@ void bind_elementwise(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_probe(py::module_& m);
+void bind_threads(py::module_& m);
 
 }  // namespace llmkern

@@ -1,4 +1,3 @@
-#include <omp.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -6,6 +5,7 @@
 #include "attention_bwd_plan.h"
 #include "attention_fwd_plan.h"
 #include "bindings.h"
+#include "threads.h"
 
 namespace llmkern {
 namespace {
@@ -110,11 +110,11 @@ void backward(const py::tuple& shape, const py::tuple& inputs, const py::tuple& 
 void bind_attention(py::module_& m) {
   m.attr("UNBOUNDED") = kUnbounded;
   m.def("attention_fwd_scratch_bytes", [](const py::tuple& shape) {
-    return attention_fwd_scratch_bytes(shape_of(shape), omp_get_max_threads());
+    return attention_fwd_scratch_bytes(shape_of(shape), max_threads());
   });
   m.def("attention_fwd", &forward);
   m.def("attention_bwd_scratch_bytes", [](const py::tuple& shape) {
-    return attention_bwd_scratch_bytes(shape_of(shape), omp_get_max_threads());
+    return attention_bwd_scratch_bytes(shape_of(shape), max_threads());
   });
   m.def("attention_bwd", &backward);
 }

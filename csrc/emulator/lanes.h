@@ -1,9 +1,16 @@
 // Handlers for lane-wise operations, made from an Op with a static `apply`. With all lanes on the
 // loops are plain and vectorise; a destination is either exactly a source or apart from it, which
-// is what ivdep asserts.
+// is what LLMKERN_LANES_APART asserts.
 #pragma once
 
 #include "machine.h"
+
+// clang has no such pragma but one that demands vectors; it compares the addresses at run time.
+#if defined(__clang__)
+#define LLMKERN_LANES_APART
+#else
+#define LLMKERN_LANES_APART _Pragma("GCC ivdep")
+#endif
 
 namespace llmkern {
 namespace emulator {
@@ -13,7 +20,7 @@ void unary(Warp& w, const Instr& in, uint32_t mask) {
   D* d = w.at<D>(in.r[0]);
   const A* a = w.at<A>(in.r[1]);
   if (mask == kAllLanes) {
-#pragma GCC ivdep
+LLMKERN_LANES_APART
     for (int l = 0; l < kLanes; ++l) d[l] = Op::apply(a[l]);
   } else {
     for_lanes(mask, [&](int l) { d[l] = Op::apply(a[l]); });
@@ -26,7 +33,7 @@ void binary(Warp& w, const Instr& in, uint32_t mask) {
   const A* a = w.at<A>(in.r[1]);
   const B* b = w.at<B>(in.r[2]);
   if (mask == kAllLanes) {
-#pragma GCC ivdep
+LLMKERN_LANES_APART
     for (int l = 0; l < kLanes; ++l) d[l] = Op::apply(a[l], b[l]);
   } else {
     for_lanes(mask, [&](int l) { d[l] = Op::apply(a[l], b[l]); });
@@ -40,7 +47,7 @@ void ternary(Warp& w, const Instr& in, uint32_t mask) {
   const B* b = w.at<B>(in.r[2]);
   const C* c = w.at<C>(in.r[3]);
   if (mask == kAllLanes) {
-#pragma GCC ivdep
+LLMKERN_LANES_APART
     for (int l = 0; l < kLanes; ++l) d[l] = Op::apply(a[l], b[l], c[l]);
   } else {
     for_lanes(mask, [&](int l) { d[l] = Op::apply(a[l], b[l], c[l]); });

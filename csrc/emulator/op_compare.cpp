@@ -311,7 +311,7 @@ void selp(Warp& w, const Instr& in, uint32_t mask) {
   const T *a = w.at<T>(in.r[1]), *b = w.at<T>(in.r[2]);
   const uint32_t p = w.predicate(in.r[3]);
   if (mask == kAllLanes) {
-#pragma GCC ivdep
+LLMKERN_LANES_APART
     for (int l = 0; l < kLanes; ++l) d[l] = (p & 1u << l) != 0 ? a[l] : b[l];
   } else {
     for_lanes(mask, [&](int l) { d[l] = (p >> l & 1) != 0 ? a[l] : b[l]; });

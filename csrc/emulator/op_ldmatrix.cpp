@@ -5,6 +5,7 @@
 #include "access.h"
 #include "decode.h"
 #include "lanes.h"
+#include "shuffle.h"
 
 namespace llmkern {
 namespace emulator {
@@ -22,13 +23,12 @@ using Row = uint16_t __attribute__((vector_size(kRowBytes)));
 
 // Rows of the transpose, one after the other: rows i and i + 4 interleaved, three times.
 void transpose(const Matrix& matrix, uint32_t* to) {
-  const Row low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
   Row rows[8], next[8];
   std::memcpy(rows, matrix, sizeof rows);
   for (int step = 0; step < 3; ++step) {
     for (int i = 0; i < 4; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + 4], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 4], high);
+      shuffle<0, 8, 1, 9, 2, 10, 3, 11>(rows[i], rows[i + 4], &next[2 * i]);
+      shuffle<4, 12, 5, 13, 6, 14, 7, 15>(rows[i], rows[i + 4], &next[2 * i + 1]);
     }
     std::memcpy(rows, next, sizeof rows);
   }

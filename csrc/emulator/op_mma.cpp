@@ -11,6 +11,7 @@
 #include "decode.h"
 #include "formats.h"
 #include "lanes.h"
+#include "shuffle.h"
 
 namespace llmkern {
 namespace emulator {
@@ -138,15 +139,19 @@ using Words = uint32_t __attribute__((vector_size(8 * sizeof(uint32_t))));
 inline __attribute__((always_inline)) void transpose(const uint32_t* v, Words* rows) {
   Words r[4];  // lanes of g = 2i, then of g = 2i + 1
   std::memcpy(r, v, sizeof r);
-  const Words low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
-  const Words first = {0, 1, 8, 9, 4, 5, 12, 13}, second = {2, 3, 10, 11, 6, 7, 14, 15};
-  const Words a = __builtin_shuffle(r[0], r[1], low), b = __builtin_shuffle(r[2], r[3], low);
-  const Words c = __builtin_shuffle(r[0], r[1], high), d = __builtin_shuffle(r[2], r[3], high);
-  const Words in_order = {0, 4, 1, 5, 2, 6, 3, 7};
-  rows[0] = __builtin_shuffle(__builtin_shuffle(a, b, first), in_order);
-  rows[1] = __builtin_shuffle(__builtin_shuffle(a, b, second), in_order);
-  rows[2] = __builtin_shuffle(__builtin_shuffle(c, d, first), in_order);
-  rows[3] = __builtin_shuffle(__builtin_shuffle(c, d, second), in_order);
+  Words half[4];  // t = 0 and 1 of g < 4 and of the others, then t = 2 and 3
+  for (int i = 0; i < 2; ++i) {
+    shuffle<0, 8, 1, 9, 4, 12, 5, 13>(r[2 * i], r[2 * i + 1], &half[i]);
+    shuffle<2, 10, 3, 11, 6, 14, 7, 15>(r[2 * i], r[2 * i + 1], &half[2 + i]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Words &a = half[2 * i], &b = half[2 * i + 1];
+    Words row;
+    shuffle<0, 1, 8, 9, 4, 5, 12, 13>(a, b, &row);
+    shuffle<0, 4, 1, 5, 2, 6, 3, 7>(row, row, &rows[2 * i]);
+    shuffle<2, 3, 10, 11, 6, 7, 14, 15>(a, b, &row);
+    shuffle<0, 4, 1, 5, 2, 6, 3, 7>(row, row, &rows[2 * i + 1]);
+  }
 }
 
 // Operands of a 16-row product. A stays in lanes: (row g, column t) of register r, element e, is

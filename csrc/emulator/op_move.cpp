@@ -54,7 +54,7 @@ void pack_halves(Warp& w, const Instr& in, uint32_t mask) {
   uint32_t* d = w.at<uint32_t>(in.r[0]);
   const uint16_t *a = w.at<uint16_t>(in.r[1]), *b = w.at<uint16_t>(in.r[2]);
   if (mask != kAllLanes) return reshape<true>(w, in, mask);
-#pragma GCC ivdep
+LLMKERN_LANES_APART
   for (int l = 0; l < kLanes; ++l) d[l] = a[l] | uint32_t{b[l]} << 16;
 }
 
@@ -62,7 +62,7 @@ void unpack_halves(Warp& w, const Instr& in, uint32_t mask) {
   uint16_t *a = w.at<uint16_t>(in.r[0]), *b = w.at<uint16_t>(in.r[1]);
   const uint32_t* s = w.at<uint32_t>(in.r[2]);
   if (mask != kAllLanes) return reshape<false>(w, in, mask);
-#pragma GCC ivdep
+LLMKERN_LANES_APART
   for (int l = 0; l < kLanes; ++l) {
     a[l] = static_cast<uint16_t>(s[l]);
     b[l] = static_cast<uint16_t>(s[l] >> 16);

@@ -1,12 +1,8 @@
 // The attention backward kernel against the derivative of the formula in double: gradients of q, k,
-// v, of a bias of each shape, and of sinks. out and lse come from the formula too. One thread: the
-// OpenMP entry points that parallel.h calls are defined here.
+// v, of a bias of each shape, and of sinks. out and lse come from the formula too. One thread.
 #include "attention_bwd.cpp"
 #include "attention_problem.h"
-
-extern "C" int omp_in_parallel(void) { return 0; }
-extern "C" int omp_get_max_threads(void) { return 1; }
-extern "C" int omp_get_thread_num(void) { return 0; }
+#include "threads.cpp"
 
 namespace llmkern {
 namespace LLMKERN_ISA {

@@ -1,11 +1,7 @@
-// The attention forward kernel against the formula in double. One thread: the OpenMP entry points
-// that parallel.h calls are defined here.
+// The attention forward kernel against the formula in double. One thread.
 #include "attention_fwd.cpp"
 #include "attention_problem.h"
-
-extern "C" int omp_in_parallel(void) { return 0; }
-extern "C" int omp_get_max_threads(void) { return 1; }
-extern "C" int omp_get_thread_num(void) { return 0; }
+#include "threads.cpp"
 
 namespace llmkern {
 namespace LLMKERN_ISA {

@@ -1,13 +1,10 @@
 // Dropout, activations and their derivatives over memory against plain double arithmetic: every
 // dtype, contiguous and strided rows, lengths around the vectors and the span of a task, in place
-// too. One thread: the OpenMP entry points that parallel.h calls are defined here.
+// too. One thread.
 #include "check.h"
 #include "decisions.h"
 #include "elementwise.cpp"
-
-extern "C" int omp_in_parallel(void) { return 0; }
-extern "C" int omp_get_max_threads(void) { return 1; }
-extern "C" int omp_get_thread_num(void) { return 0; }
+#include "threads.cpp"
 
 namespace llmkern {
 namespace LLMKERN_ISA {

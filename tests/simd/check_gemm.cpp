@@ -1,15 +1,11 @@
 // Matrix products with their epilogues, the epilogue alone and the pass in front of the backward
 // products, against plain double arithmetic: each way of cutting a product, operands of any
-// strides, sizes around the register tile. One thread: the OpenMP entry points that parallel.h
-// calls are defined here.
+// strides, sizes around the register tile. One thread.
 #include "check.h"
 #include "decisions.h"
 #include "gemm.cpp"
 #include "linear.cpp"
-
-extern "C" int omp_in_parallel(void) { return 0; }
-extern "C" int omp_get_max_threads(void) { return 1; }
-extern "C" int omp_get_thread_num(void) { return 0; }
+#include "threads.cpp"
 
 namespace llmkern {
 namespace LLMKERN_ISA {
@@ -198,7 +194,13 @@ void check_all(DType dtype, double tolerance) {
             {size[0], size[1], size[2], layouts / 3, layouts % 3, kind, gated, turn % 2 == 0,
              preact, !gated && turn % 7 < 3, !gated && turn % 4 == 2 ? 13107u : 0u},
             dtype, tolerance * (1 + 0.1 * std::sqrt(static_cast<double>(size[2]))));
-      Case bare{size[0], size[1], size[2], layouts / 3, layouts % 3, Activation::kNone};
+      Case bare{};
+      bare.m = size[0];
+      bare.n = size[1];
+      bare.k = size[2];
+      bare.a_layout = layouts / 3;
+      bare.b_layout = layouts % 3;
+      bare.activation = Activation::kNone;
       check(&t, bare, dtype, tolerance * (1 + 0.1 * std::sqrt(static_cast<double>(size[2]))));
     }
   }

@@ -1,13 +1,9 @@
 // LayerNorm and RMSNorm, forward and backward, against the formula in double, with every option and
-// pair of dtypes, at lengths around the vectors and the dropout stretch. One thread: the OpenMP
-// entry points that parallel.h calls are defined here.
+// pair of dtypes, at lengths around the vectors and the dropout stretch. One thread.
 #include "check.h"
 #include "decisions.h"
 #include "norm.cpp"
-
-extern "C" int omp_in_parallel(void) { return 0; }
-extern "C" int omp_get_max_threads(void) { return 1; }
-extern "C" int omp_get_thread_num(void) { return 0; }
+#include "threads.cpp"
 
 namespace llmkern {
 namespace LLMKERN_ISA {

@@ -4,8 +4,12 @@ from llmkern.backends.cpu import _ext
 
 
 def status() -> tuple[bool, str]:
-    """(usable here, the instruction set in use or why the extension does not load)."""
-    module, reason = _ext.load()
+    """(usable here, the instruction set in use or why the extension does not load).
+
+    Why kernels run on one thread is told too, where torch's threads were not found.
+    """
+    module, reason, serial = _ext.load()
     if module is None:
         return False, str(reason)
-    return True, f"{module.isa()} (this CPU and build: {', '.join(module.isa_names())})"
+    isas = f"{module.isa()} (this CPU and build: {', '.join(module.isa_names())})"
+    return True, isas if serial is None else f"{isas}; on one thread: {serial}"

@@ -1,21 +1,14 @@
-"""Loads llmkern._C_cpu, or says why not.
+"""Loads llmkern._C_cpu, or says why not, and gives it torch's threads (_threads.py)."""
 
-The extension leaves its OpenMP symbols undefined. They are resolved from the OpenMP runtime that
-torch has mapped (libgomp under any file name, or libiomp5, which has the same entry points), so
-there is one thread pool and torch.set_num_threads rules.
-"""
-
-import ctypes
 import functools
 import importlib
 import os
-import re
-import sys
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from llmkern.backends.cpu import _threads
 from llmkern.errors import BackendError
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -23,23 +16,11 @@ ISA_VARIABLE = "LLMKERN_CPU_ISA"
 
 
 class Loaded(NamedTuple):
-    """The extension, or None and the reason."""
+    """The extension, or None and the reason; why kernels run on one thread, if they must."""
 
     module: ModuleType | None
     reason: str | None
-
-
-def _openmp_runtimes() -> list[str]:
-    """Files of the OpenMP runtimes mapped into this process, torch's own first."""
-    with open("/proc/self/maps") as maps:
-        paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line}
-    found = [p for p in paths if re.match(r"lib(gomp|iomp5|omp)\b", os.path.basename(p))]
-    return sorted(found, key=lambda p: ("torch" not in p, p))
-
-
-def _share_openmp() -> None:
-    mapped = _openmp_runtimes() if sys.platform == "linux" else []
-    ctypes.CDLL(mapped[0] if mapped else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    serial: str | None = None
 
 
 @functools.cache
@@ -50,17 +31,18 @@ def load() -> Loaded:
         BackendError: LLMKERN_CPU_ISA names nothing that this build has and this CPU runs.
     """
     try:
-        _share_openmp()
         module = importlib.import_module("llmkern._C_cpu")
-    except (ImportError, OSError) as error:
+    except ImportError as error:
         return Loaded(None, f"llmkern._C_cpu does not load: {error}")
+    threads = _threads.find()
+    module.use_threads(threads.entries, torch.get_num_threads)
     isa = os.environ.get(ISA_VARIABLE)
     if isa is not None:
         if isa not in module.isa_names():
             usable = ", ".join(module.isa_names())
             raise BackendError(f"{ISA_VARIABLE} must be one of {usable} on this CPU, got {isa!r}")
         module.select_isa(isa)
-    return Loaded(module, None)
+    return Loaded(module, None, threads.reason)
 
 
 def unavailable(device: str) -> str | None:
