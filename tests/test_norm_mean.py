@@ -1,6 +1,6 @@
 """Layer norm of rows of equal elements: the mean is exact, so y is the bias and the weight's
-gradient 0, on every backend. A plain sum of equal elements is rounded, and 1 / sqrt(eps) = 316
-scales that."""
+gradient 0, on every backend. A plain sum of equal elements is rounded, which 1 / sqrt(eps) = 316
+scales."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from llmkern import numerics
 from llmkern.functional import add_layer_norm, layer_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# (rows, cols). One thread, part of a warp, a prime, widths of one and more warps, padded, long.
+# (rows, cols): a thread, part of a warp, primes, model widths of one and more warps, padded, long.
 # 40 x 768 has saved statistics on a CPU, where fewer elements have theirs computed again.
 SHAPES = [(5, 1), (5, 3), (9, 8), (6, 31), (40, 768), (5, 769), (5, 1000), (5, 2304), (5, 4096),
           (5, 5000), (5, 17003)]  # fmt: skip

@@ -180,6 +180,38 @@ void check_all(DType x, DType dtype, DType w, double tolerance, double x_toleran
   }
 }
 
+// Rows of equal elements have that element as their mean, saved or computed again: y is the bias,
+// dweight 0, and so is dx where the row is one element.
+template <class X, class T, class W>
+void check_equal(DType x, DType dtype, DType w) {
+  static Tensors<X, T, W> t;
+  const int64_t lengths[] = {1, 3, 17, 67, 768, 1025};
+  const double values[] = {12345.6, -1000.1, 1e-30, 65504};
+  for (int64_t cols : lengths) {
+    for (double value_of_row : values) {
+      const Case c{5, cols, false, false, true, true, false, false, 0};
+      const NormShape s{dtype, x, w, c.rows, cols, kEps, false, false, 0, &kSeed};
+      fill(t.dy, c.rows * cols, 3);
+      fill(t.weight, cols, 5);
+      fill(t.bias, cols, 6);
+      for (int64_t i = 0; i < c.rows * cols; ++i) {
+        put(t.x + i, static_cast<Compute<X>>(value_of_row));
+      }
+      norm_fwd({s, t.x, cols, nullptr, 0, t.weight, t.bias, nullptr, t.y.x, t.mean, t.rstd});
+      for (int pass = 0; pass < 2; ++pass) {
+        const bool saved = pass == 0;
+        norm_bwd({s, t.x, cols, t.weight, saved ? t.mean : nullptr, saved ? t.rstd : nullptr, t.dy,
+                  cols, nullptr, t.dx.x, nullptr, t.dweight.x, t.dbias.x, t.scratch});
+        for (int64_t j = 0; j < cols; ++j) near("dweight", j, value(t.dweight.x[j]), 0, 0);
+        for (int64_t j = 0; cols == 1 && j < c.rows; ++j) near("dx", j, value(t.dx.x[j]), 0, 0);
+      }
+      for (int64_t i = 0; i < c.rows * cols; ++i) {
+        near("y", i, value(t.y.x[i]), rounded<T>(value(t.bias[i % cols])), 0);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int run() {
@@ -192,6 +224,10 @@ int run() {
   check_all<Float16, Float16, Float16>(f16, f16, f16, 1e-3, 1e-3);
   check_all<Float16, float, float>(f16, f32, f32, 4e-6, 1e-3);
   check_all<BFloat16, float, float>(bf16, f32, f32, 4e-6, 8e-3);
+  check_equal<float, float, float>(f32, f32, f32);
+  check_equal<double, double, double>(f64, f64, f64);
+  check_equal<BFloat16, BFloat16, BFloat16>(bf16, bf16, bf16);
+  check_equal<Float16, Float16, float>(f16, f16, f32);
   if (failures) std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
 }

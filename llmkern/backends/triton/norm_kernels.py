@@ -95,8 +95,8 @@ def _read(
 
 @triton.jit
 def _first(value, CHUNK: tl.constexpr):
-    """The first element of each row, of its first tile. The mean is summed as an offset from it:
-    exact where all elements are equal, closer than a plain sum where they stand far from zero."""
+    """Each row's first element, of its first tile. The mean is summed as an offset from it: exact
+    where all elements are equal, and closer than a plain sum where they stand far from zero."""
     return tl.sum(tl.where((tl.arange(0, CHUNK) == 0)[None, :], value, 0.0), axis=1)
 
 
