@@ -63,4 +63,4 @@ format: setup
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs clang-format -i
 
 clean:
-	rm -rf build dist $(VENV) $(REPORTS) *.egg-info llmkern/*.so
+	rm -rf build dist $(VENV) .venv-versions $(REPORTS) *.egg-info llmkern/*.so

@@ -14,12 +14,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from llmkern.ops import flops
+from llmkern.torch_private import (
+    derivative_in_graph,
+    forward_levels,
+    len_dispatch_stack,
+    peek_interpreter_stack,
+)
+from llmkern.torch_private import direct_apply as direct_apply  # for the ops
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 
@@ -28,7 +32,7 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     """True where nothing but ordinary eager mode looks at this call."""
     if torch.compiler.is_compiling():
         return False
-    if _len_torch_dispatch_stack():
+    if len_dispatch_stack():
         flops.tell_counter()
         return False
     if in_transform():
@@ -46,18 +50,8 @@ def in_transform() -> bool:
     torch.library ops: there the reference backend's plain torch runs, which all of it understands.
     """
     if torch.compiler.is_compiling():
-        return _traces_derivative()
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _traces_derivative() -> bool:
-    """Whether a derivative of torch.func is among the transforms that dynamo traces."""
-    return any(i.key() in _DERIVATIVES for i in get_interpreter_stack() or ())
-
-
-_DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
-# What torch.compiler.assume_constant_result sets: dynamo enters the transforms that it traces.
-_traces_derivative._dynamo_marked_constant = True
+        return derivative_in_graph()
+    return peek_interpreter_stack() is not None or forward_levels._current_level >= 0
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -76,10 +70,10 @@ def signature(*tensors: Tensor | None) -> tuple | None:
     to be negated (z.conj().imag), which the dispatcher materialises."""
     if torch.compiler.is_compiling():
         return None
-    if _len_torch_dispatch_stack():
+    if len_dispatch_stack():
         flops.tell_counter()
         return None
-    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:  # in_transform()
+    if peek_interpreter_stack() is not None or forward_levels._current_level >= 0:  # in_transform()
         return None
     key: tuple = (is_grad_enabled(),)
     for t in tensors:
@@ -103,11 +97,6 @@ class Plans(dict):
         if len(self) >= 4096:
             self.clear()
         self[key] = plan
-
-
-def direct_apply(function: type[torch.autograd.Function]) -> Callable:
-    """`function.apply` for plain eager calls, without its 9 us search for functorch's wrappers."""
-    return super(torch.autograd.Function, function).apply
 
 
 def define(

@@ -11,6 +11,7 @@ from llmkern import numerics, random
 from llmkern.backends.cpu import _ext, tiles
 from llmkern.backends.cpu._ext import DTYPE_CODES, address, rows_of
 from llmkern.specs import LinearSpec
+from llmkern.torch_private import onednn_linear
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
@@ -46,7 +47,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 @functools.cache
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and onednn_linear is not None
 
 
 def _pick(a: Tensor) -> str:
@@ -68,7 +69,7 @@ def _own_gemm(a: Tensor, b: Tensor, up: Tensor | None, epilogue: _Epilogue, y: T
 
 def _torch_gemm(choice: str, a: Tensor, b: Tensor) -> Tensor:
     if choice == tiles.ONEDNN and a.numel() and b.numel():  # it refuses empty products
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return onednn_linear(a, b, None, "none", [], "")
     return a @ b.T
 
 
