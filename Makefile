@@ -16,7 +16,7 @@ BUILT := $(VENV)/.built
 CPU_BUILT := $(VENV)/.built-cpu
 BENCH_SETUP := $(if $(wildcard $(BUILT)),$(BUILT),$(CPU_BUILT))
 
-.PHONY: setup test test-full bench bench-full sanitize lint format clean
+.PHONY: setup test test-full test-versions bench bench-full sanitize lint format clean
 
 setup: $(BUILT)
 
@@ -38,6 +38,10 @@ test: setup
 
 test-full: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The tests on every torch of llmkern/supported.py; VERSIONS_ARGS="--only 2.9.1 -- -k norm".
+test-versions: setup
+	$(BIN)/python tools/test_versions.py $(VERSIONS_ARGS)
 
 bench: $(BENCH_SETUP)
 	$(BIN)/python -m llmkern bench --json $(REPORTS)/bench.json --html $(REPORTS)/bench.html $(BENCH_ARGS)

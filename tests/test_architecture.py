@@ -33,6 +33,7 @@ ALLOWED = {
     "random": set(),
     "target": set(),
     "version": set(),
+    "supported": set(),
     "allocator": set(),
 }
 
@@ -180,6 +181,29 @@ def test_no_broad_except_and_no_work_at_import():
             if "os.environ" in text or "getenv" in text:
                 wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} environment read at import")
     assert not wrong, wrong
+
+
+def test_supported_torch_is_the_same_everywhere():
+    from llmkern import supported
+
+    floor = "{}.{}".format(*supported.FLOOR)
+    newest = supported.TESTED[-1][0]
+    assert supported.TESTED[0][0].startswith(floor + ".")
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.findall(r'"torch>=([\d.]+)"', project) == [floor, floor]
+    assert f"any torch from {floor} on (tested to {newest})" in (ROOT / "README.md").read_text()
+    pins = (ROOT / "requirements-dev.txt").read_text()
+    assert any(f"torch=={t}\ntriton=={r}\n" in pins for t, r in supported.TESTED)
+
+
+def test_info_says_when_torch_is_outside_the_range():
+    from llmkern import supported
+
+    assert supported.remark("2.8.0+cu128") and "older" in supported.remark("2.8.0+cu128")
+    assert "newer" in supported.remark("3.0.0")
+    assert "newer" in supported.remark("2.15.0.dev20261201+cpu")
+    for version, _ in supported.TESTED:
+        assert supported.remark(version + "+cpu") is None
 
 
 def test_version_is_written_in_one_place():
