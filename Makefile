@@ -18,7 +18,7 @@ BUILT := $(VENV)/.built
 CPU_BUILT := $(VENV)/.built-cpu
 BENCH_SETUP := $(if $(wildcard $(BUILT)),$(BUILT),$(CPU_BUILT))
 
-.PHONY: setup test test-full test-isa bench bench-full sanitize lint format clean
+.PHONY: setup test test-full test-isa test-versions bench bench-full sanitize lint format clean
 
 setup: $(BUILT)
 
@@ -45,6 +45,10 @@ test-full: setup
 test-isa: setup
 	$(BIN)/python tools/isa_matrix.py --logs $(REPORTS)/isa $(ISA_ARGS) $(PYTEST_ARGS)
 
+# The tests on every torch of llmkern/supported.py; VERSIONS_ARGS="--only 2.9.1 -- -k norm".
+test-versions: setup
+	$(BIN)/python tools/test_versions.py $(VERSIONS_ARGS)
+
 bench: $(BENCH_SETUP)
 	$(BIN)/python -m llmkern bench --json $(REPORTS)/bench.json --html $(REPORTS)/bench.html $(BENCH_ARGS)
 
@@ -69,4 +73,4 @@ format: setup
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs clang-format -i
 
 clean:
-	rm -rf build dist $(VENV) $(REPORTS) *.egg-info llmkern/*.so
+	rm -rf build dist $(VENV) .venv-versions $(REPORTS) *.egg-info llmkern/*.so

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import llmkern
+from llmkern import supported
 from llmkern.bench import command, gate, kernel_table, profile, registry, tune
 from llmkern.bench.suites import kernels
 from llmkern.errors import LlmkernError
@@ -48,6 +49,9 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
 
 def info_command(arguments: argparse.Namespace) -> int:
     print(f"llmkern {llmkern.__version__}, torch {torch.__version__}")
+    print(f"  supported: {supported.described()}")
+    if remark := supported.remark(torch.__version__):
+        print(f"  warning: {remark}")
     for status in llmkern.backends():
         state = "usable" if status.available else "missing"
         print(f"  {status.name:10} {state:8} {status.detail}")

@@ -27,6 +27,7 @@ from torch.nn import Parameter
 from llmkern import choice, target, tuned
 from llmkern.errors import BackendError, FallbackWarning
 from llmkern.numerics import FLOOR
+from llmkern.torch_private import compiler_traces, constant_in_graph
 
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 NAMES = ("cpu", "triton", "cuda", "reference")
@@ -232,7 +233,7 @@ def foresee(op: str, describe: Callable[[], tuple], backend: str | None) -> None
     `describe` gives the spec. A compiler's tracing is no call and records nothing.
     """
     records = _settings.get().records
-    if records is not None and torch._guards.TracingContext.try_get() is None:
+    if records is not None and not compiler_traces():
         spec = describe()
         records.append((op, spec, decide(op, spec, backend)))
 
@@ -287,12 +288,14 @@ def has_fused(device: str) -> bool:
     """True where a backend other than the reference is available for tensors on `device`."""
     fused = _fused.get(device)
     if fused is None:
+        if torch.compiler.is_dynamo_compiling():  # traced, not run: the op finds out when it runs
+            return True
         names = [name for name in BACKENDS.get(device, ()) if name != "reference"]
         fused = _fused[device] = any(status(name).available for name in names)
     return fused
 
 
-has_fused._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets
+constant_in_graph(has_fused)
 
 
 def _report_fallback(op: str, decision: Decision) -> None:

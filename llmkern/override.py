@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from llmkern import dispatch, functional
 from llmkern.errors import LlmkernError
+from llmkern.torch_private import constant_in_graph, silu
 
 _counting = threading.Lock()  # of the module, so that a Rerouting can be copied and pickled
 
@@ -80,11 +81,13 @@ def override() -> Rerouting:
 
 
 def _count(counter: Counter[str], name: str, reason: str | None = None) -> None:
+    if torch.compiler.is_dynamo_compiling():  # traced, not run: no lock and no count in a graph
+        return
     with _counting:
         counter[name if reason is None else f"{name}: {reason}"] += 1
 
 
-_count._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets
+constant_in_graph(_count)
 
 
 def _require(input: Tensor, *others: Tensor | None) -> None:
@@ -170,7 +173,7 @@ _ROUTES = {
         ("dropout", _dropout, (F.dropout,)),
         ("dropout", _torch_dropout, (torch.dropout,)),
         ("gelu", _gelu, (F.gelu,)),
-        ("silu", _silu, (F.silu, torch._C._nn.silu)),
+        ("silu", _silu, (F.silu, silu)),
         ("relu", _relu, (F.relu, torch.relu, Tensor.relu)),
     )
     for function in functions

@@ -113,6 +113,8 @@ def gpu(name: str) -> contextlib.AbstractContextManager:
     """Where CPU tensors can be served by a GPU backend."""
     if name == "triton" and INTERPRETED:
         return contextlib.nullcontext()
+    if name == "triton" and (_launch.version() or "").startswith("3.8."):
+        pytest.skip("the emulator cannot drive triton 3.8 yet")
     return emulator.device("sm_80")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmkern"
-LEAVES = {"specs", "errors", "numerics", "precision", "random", "target"}
+LEAVES = {"specs", "errors", "numerics", "precision", "random", "target", "torch_private"}
 OPS = ["norm", "attention", "linear", "dropout", "activation"]
 # Plain torch, which ops run where torch must see the formula: torch.func, second derivatives.
 REFERENCE = "llmkern.backends.reference"
@@ -27,11 +27,13 @@ ALLOWED = {
     "tuned": {"choice", "version"},
     "checks": set(),
     "specs": set(),
+    "torch_private": set(),
     "errors": set(),
     "numerics": set(),
     "random": set(),
     "target": set(),
     "version": set(),
+    "supported": set(),
     "allocator": set(),
 }
 
@@ -181,6 +183,29 @@ def test_no_broad_except_and_no_work_at_import():
     assert not wrong, wrong
 
 
+def test_supported_torch_is_the_same_everywhere():
+    from llmkern import supported
+
+    floor = "{}.{}".format(*supported.FLOOR)
+    newest = supported.TESTED[-1][0]
+    assert supported.TESTED[0][0].startswith(floor + ".")
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.findall(r'"torch>=([\d.]+)"', project) == [floor, floor]
+    assert f"any torch from {floor} on (tested to {newest})" in (ROOT / "README.md").read_text()
+    pins = (ROOT / "requirements-dev.txt").read_text()
+    assert any(f"torch=={t}\ntriton=={r}\n" in pins for t, r in supported.TESTED)
+
+
+def test_info_says_when_torch_is_outside_the_range():
+    from llmkern import supported
+
+    assert supported.remark("2.8.0+cu128") and "older" in supported.remark("2.8.0+cu128")
+    assert "newer" in supported.remark("3.0.0")
+    assert "newer" in supported.remark("2.15.0.dev20261201+cpu")
+    for version, _ in supported.TESTED:
+        assert supported.remark(version + "+cpu") is None
+
+
 def test_version_is_written_in_one_place():
     from llmkern.version import __version__
 
@@ -190,3 +215,55 @@ def test_version_is_written_in_one_place():
         if f'"{__version__}"' in f.read_text()
     ]
     assert holders == ["llmkern/version.py"]
+
+
+def _private_torch_names(path: Path) -> list[str]:
+    """Names with a leading underscore that a file reads from torch or from a module of it."""
+    tree = ast.parse(path.read_text())
+    of_torch, found = set(), []  # local names of torch and its modules
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "torch":
+                    of_torch.add(alias.asname or "torch")
+                    found += [alias.name] if "._" in alias.name else []
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            for alias in node.names:
+                of_torch.add(alias.asname or alias.name)
+                name = f"{node.module}.{alias.name}"
+                found += [name] if "._" in name else []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not re.match("_(?!_)", node.attr):
+            continue
+        name = ast.unparse(node)
+        if name.split(".")[0] in of_torch or node.attr == "_dynamo_marked_constant":
+            found.append(name)
+    return found
+
+
+def test_private_torch_api_is_read_in_one_module_only():
+    wrong = {}
+    for file in _tracked("llmkern/*.py", "benchmarks/*.py", "tools/*.py", "setup.py"):
+        if file != PACKAGE / "torch_private.py" and (names := _private_torch_names(file)):
+            wrong[str(file.relative_to(ROOT))] = names
+    assert not wrong, wrong
+
+
+def test_private_torch_names_are_found(tmp_path):
+    file = tmp_path / "user.py"
+    file.write_text(
+        "import torch\nimport torch.nn.functional as F\nfrom torch.autograd import forward_ad\n"
+        "from torch._C import _is_tracing\nfrom torch._guards import TracingContext\n"
+        "def f(x):\n    torch._C._nn.silu(x), forward_ad._current_level, F._pad\n"
+        "    f._dynamo_marked_constant = True\n    return torch.ops.aten._softmax, x._version\n"
+    )
+    assert set(_private_torch_names(file)) == {
+        "torch._C._is_tracing",
+        "torch._guards.TracingContext",
+        "torch._C",
+        "forward_ad._current_level",
+        "F._pad",
+        "f._dynamo_marked_constant",
+        "torch.ops.aten._softmax",
+        "torch._C._nn",
+    }

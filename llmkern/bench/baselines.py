@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import llmkern
+from llmkern import torch_private
 from llmkern.bench.registry import EAGER, OURS, Function, Step, Tensors, Variant, functional
 
 COMPILED = "torch.compile"
@@ -32,7 +33,7 @@ def compiled(fn: Function, **options) -> Variant:
     """`fn` under torch.compile with the default backend; compilation is not timed."""
 
     def prepare(tensors: Tensors) -> Step:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         step = functional(torch.compile(fn, dynamic=False, fullgraph=True), **options)(tensors)
         step()
         return step
@@ -46,7 +47,7 @@ def onednn_linear(activation: str | None) -> Variant:
     algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(activation or "", "")
 
     def fn(t: Tensors) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(
+        return torch_private.onednn_linear(
             t["x"], t["weight"], t["bias"], attribute[activation], [], algorithm
         )
 

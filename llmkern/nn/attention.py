@@ -17,6 +17,7 @@ from llmkern import dispatch, functional
 from llmkern.errors import ArgumentError, ModuleDtypeError, ModuleShapeError
 from llmkern.nn.modes import outside_modes
 from llmkern.nn.table import adopt, replaces
+from llmkern.torch_private import safe_softmax
 
 
 class Masks(NamedTuple):
@@ -198,7 +199,7 @@ def _attend_with_weights(
         )
     if masks.keys is not None:
         scores = scores.masked_fill(~masks.keys[:, None, None], -math.inf)
-    weights = torch.ops.aten._safe_softmax(scores, -1)
+    weights = safe_softmax(scores, -1)
     if dropout_p == 0.0:
         return _attend((q, k, v), masks, 0.0), weights
     weights = functional.dropout(weights, dropout_p)

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules import module as torch_module
 
-from llmkern import dispatch, functional
+from llmkern import dispatch, functional, torch_private
 from llmkern.nn.activation import GELU, ReLU, SiLU
 from llmkern.nn.dropout import Dropout
 from llmkern.nn.linear import Linear
@@ -35,10 +34,10 @@ def bypassable(module: Module, types: tuple[type[Module], ...]) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and not torch_module._global_forward_hooks
-        and not torch_module._global_forward_pre_hooks
-        and not torch_module._global_backward_hooks
-        and not torch_module._global_backward_pre_hooks
+        and not torch_private.global_forward_hooks
+        and not torch_private.global_forward_pre_hooks
+        and not torch_private.global_backward_hooks
+        and not torch_private.global_backward_pre_hooks
         and "forward" not in module.__dict__
     )
 

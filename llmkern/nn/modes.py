@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DisableTorchFunction, _len_torch_function_stack
 from torch.nn import Module
+
+from llmkern.torch_private import DisableTorchFunction, len_function_stack
 
 
 def parameter(module: Module, name: str) -> Tensor | None:
@@ -32,7 +33,7 @@ def outside_modes(function: Callable, *args: Any, **kwargs: Any) -> Any:
     Not a decorator: its one wrapper would be the frame that torch.compile starts from in every
     module, and torch counts recompilations by frame.
     """
-    if torch.compiler.is_compiling() or not _len_torch_function_stack():
+    if torch.compiler.is_compiling() or not len_function_stack():
         return function(*args, **kwargs)
     with DisableTorchFunction():
         return function(*args, **kwargs)

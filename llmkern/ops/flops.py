@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from llmkern.torch_private import dispatch_modes
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -31,7 +32,7 @@ def tell_counter() -> None:
     for op, formula in formulas.items():
         if op not in module.flop_registry:
             module.register_flop_formula(op)(formula)
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in dispatch_modes():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, module.FlopCounterMode):
             for op in formulas:  # a formula that the user gave stays

@@ -14,13 +14,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _has_storage, _len_torch_dispatch_stack
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from llmkern.ops import flops
+from llmkern.torch_private import (
+    derivative_in_graph,
+    forward_levels,
+    has_storage,
+    len_dispatch_stack,
+    peek_interpreter_stack,
+)
+from llmkern.torch_private import direct_apply as direct_apply  # for the ops
+from llmkern.torch_private import untraced as untraced
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 
@@ -29,7 +34,7 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     """True where nothing but ordinary eager mode looks at this call."""
     if torch.compiler.is_compiling():
         return False
-    if _len_torch_dispatch_stack():
+    if len_dispatch_stack():
         flops.tell_counter()
         return False
     if in_transform():
@@ -47,18 +52,8 @@ def in_transform() -> bool:
     torch.library ops: there the reference backend's plain torch runs, which all of it understands.
     """
     if torch.compiler.is_compiling():
-        return _traces_derivative()
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _traces_derivative() -> bool:
-    """Whether a derivative of torch.func is among the transforms that dynamo traces."""
-    return any(i.key() in _DERIVATIVES for i in get_interpreter_stack() or ())
-
-
-_DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
-# What torch.compiler.assume_constant_result sets: dynamo enters the transforms that it traces.
-_traces_derivative._dynamo_marked_constant = True
+        return derivative_in_graph()
+    return peek_interpreter_stack() is not None or forward_levels._current_level >= 0
 
 
 def direct(*gradients: Tensor | None) -> bool:
@@ -68,10 +63,10 @@ def direct(*gradients: Tensor | None) -> bool:
 
     Else a backward calls torch.ops.llmkern.*, which tracers, modes, vmap and subclasses understand.
     """
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or len_dispatch_stack():
         return False
     for t in gradients:
-        if t is not None and (type(t) is not Tensor or not _has_storage(t) or t.is_neg()):
+        if t is not None and (type(t) is not Tensor or not has_storage(t) or t.is_neg()):
             return False
     return True
 
@@ -92,10 +87,10 @@ def signature(*tensors: Tensor | None) -> tuple | None:
     to be negated (z.conj().imag), which the dispatcher materialises."""
     if torch.compiler.is_compiling():
         return None
-    if _len_torch_dispatch_stack():
+    if len_dispatch_stack():
         flops.tell_counter()
         return None
-    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:  # in_transform()
+    if peek_interpreter_stack() is not None or forward_levels._current_level >= 0:  # in_transform()
         return None
     key: tuple = (is_grad_enabled(),)
     for t in tensors:
@@ -119,23 +114,6 @@ class Plans(dict):
         if len(self) >= 4096:
             self.clear()
         self[key] = plan
-
-
-def untraced(function: Callable) -> Callable:
-    """Decorator: torch.compile runs calls of `function` as they are, and all that they call.
-
-    For what an eager graph calls while a compiled function runs, such as a Function's backward:
-    dynamo would compile each as a function of its own, with a guard on ctx.saved_tensors, which a
-    checkpoint gives out once. What dynamo inlines (compiled autograd) is not affected.
-    """
-    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    set_code_exec_strategy(function.__code__, skip)
-    return function
-
-
-def direct_apply(function: type[torch.autograd.Function]) -> Callable:
-    """`function.apply` for plain eager calls, without its 9 us search for functorch's wrappers."""
-    return super(torch.autograd.Function, function).apply
 
 
 def define(

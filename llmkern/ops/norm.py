@@ -15,9 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from llmkern import dispatch, numerics, random
@@ -34,6 +31,13 @@ from llmkern.ops.library import (
 )
 from llmkern.ops.norm_checks import check
 from llmkern.specs import NormSpec
+from llmkern.torch_private import (
+    forward_levels,
+    is_tracing,
+    len_dispatch_stack,
+    len_function_stack,
+    peek_interpreter_stack,
+)
 
 
 def layer_norm(
@@ -219,9 +223,9 @@ def repeat(
 
     The way in for modules, which ask it before anything else; not while something is compiled.
     """
-    if _len_torch_function_stack() or _len_torch_dispatch_stack() or _is_tracing():
+    if len_function_stack() or len_dispatch_stack() or is_tracing():
         return None
-    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if peek_interpreter_stack() is not None or forward_levels._current_level >= 0:
         return None
     w, b = x if weight is None else weight, x if bias is None else bias
     # ops.library.signature, written out and for the CPU.

@@ -11,6 +11,7 @@ from llmkern import numerics, random
 from llmkern.backends.cpu import _ext, tiles
 from llmkern.backends.cpu._ext import DTYPE_CODES, rows_of
 from llmkern.specs import LinearSpec
+from llmkern.torch_private import onednn_linear
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
@@ -46,7 +47,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 @functools.cache
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and onednn_linear is not None
 
 
 def _pick(a: Tensor) -> str:
@@ -69,7 +70,7 @@ def _torch_gemm(choice: str, a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     """a @ b^T as `shape`. Resized in place: a view of the product would be an output that autograd
     forbids to modify."""
     if choice == tiles.ONEDNN and a.numel() and b.numel():  # it refuses empty products
-        product = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        product = onednn_linear(a, b, None, "none", [], "")
     else:
         product = a @ b.T
     return product.resize_(shape)

@@ -1,6 +1,6 @@
 """Which matrix product serves a linear layer: data and a pure choice.
 
-OWN is csrc/cpu/gemm.cpp, with the epilogue fused; ONEDNN is torch.ops.mkldnn._linear_pointwise
+OWN is csrc/cpu/gemm.cpp, with the epilogue fused; ONEDNN is torch_private.onednn_linear
 and TORCH is torch.mm, both followed by one pass of csrc/cpu/linear.cpp. Measured: docs/facts.md.
 """
 

@@ -80,7 +80,7 @@ def accelerated(module: nn.Module) -> nn.Module:
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(module, dynamic=False)
 
 
