@@ -11,6 +11,8 @@ nn.Module that its subclasses share (`_parameters`, `_forward_hooks` ...) are no
     _C._len_torch_function_stack            all       as if a mode were on: the longer way in
     _C._is_tracing                          all       torch.jit.is_tracing
     _C.DisableTorchFunction                 all       modes stay on, and see each read of a shape
+    _C.__file__                             all       the OpenMP runtime is looked for among
+                                                      all of the process
     _C._has_storage                         all       backward goes through the dispatcher
     _C._dynamo.eval_frame
         .set_code_exec_strategy             all       dynamo compiles an eager graph's backward
@@ -26,6 +28,7 @@ nn.Module that its subclasses share (`_parameters`, `_forward_hooks` ...) are no
         ._get_current_dispatch_mode_stack   all       all objects are searched for FLOP counters
     nn.modules.module._global_*_hooks       all       as if there were hooks: no submodules fused
     _C._nn.silu                             all       F.silu alone is rerouted
+    ops.aten._unsafe_view                   all       a copy
     ops.aten._safe_softmax                  all       softmax and a second pass over the scores
     ops.mkldnn._linear_pointwise            all, with torch's own product, or ours
                                             oneDNN
@@ -132,6 +135,15 @@ silu: Callable[[Tensor], Tensor] = find("_C._nn.silu", F.silu)
 safe_softmax: Callable[[Tensor, int], Tensor] = find(
     "ops.aten._safe_softmax", _softmax_with_zero_rows
 )
+
+# t as another shape in the same memory, and no view of it as far as autograd knows: for a tensor
+# that nobody else holds.
+unsafe_view: Callable[[Tensor, Any], Tensor] = find(
+    "ops.aten._unsafe_view", lambda t, shape: t.reshape(shape).clone()
+)
+
+# The file of torch's extension module, through which its libraries are found; None: unknown.
+extension_file: str | None = find("_C.__file__", None)
 
 # (x, weight, bias, "none" or the activation, [], its algorithm); None in a torch without oneDNN.
 onednn_linear: Callable[..., Tensor] | None = find("ops.mkldnn._linear_pointwise", None)

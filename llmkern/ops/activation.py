@@ -11,13 +11,14 @@ from torch import Tensor
 
 from llmkern import checks, dispatch
 from llmkern.backends.reference import activation as reference
-from llmkern.errors import ArgumentError, BackendError, ShapeError
+from llmkern.errors import ArgumentError, ShapeError
 from llmkern.ops.library import (
     Plans,
     define,
     direct,
     direct_apply,
     in_transform,
+    no_second_derivative,
     signature,
     untraced,
 )
@@ -168,12 +169,6 @@ def _autograd(ctx, dy):
     return torch.ops.llmkern.activation_backward(dy, x, ctx.activation, ctx.backend), None, None
 
 
-def _no_second_derivative(ctx, gradient):
-    raise BackendError(
-        "activation: second derivatives need plain eager mode, not torch.compile or dispatch modes"
-    )
-
-
 def _fake(x, activation, backend):
     dispatch.foresee("activation", lambda: _spec(x, activation), backend)
     y = torch.empty_like(x)
@@ -198,5 +193,5 @@ define(
     "(Tensor dy, Tensor x, str activation, str? backend) -> Tensor",
     _backward,
     _fake_backward,
-    _no_second_derivative,
+    no_second_derivative("activation"),
 )

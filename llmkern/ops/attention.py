@@ -18,7 +18,6 @@ from torch import Tensor
 
 from llmkern import dispatch, numerics, random
 from llmkern.backends.reference import attention as reference
-from llmkern.errors import BackendError
 from llmkern.ops import attention_checks as arguments
 from llmkern.ops.library import (
     Plans,
@@ -26,6 +25,7 @@ from llmkern.ops.library import (
     direct,
     direct_apply,
     in_transform,
+    no_second_derivative,
     signature,
     untraced,
     wants_grad,
@@ -366,12 +366,6 @@ def _autograd(ctx, dout, dlse):
     return _gradients(ctx, dout, dlse, run, 7)
 
 
-def _no_second_derivative(ctx, *gradients):
-    raise BackendError(
-        "attention: second derivatives need plain eager mode, not torch.compile or dispatch modes"
-    )
-
-
 def _fake(q, k, v, bias, mask, key_mask, slopes, sinks, seed, scale, softcap, shift, left, right,
           dropout_p, backend):  # fmt: skip
     q, k, v = _views(q, k, v)
@@ -409,5 +403,5 @@ define(
     "str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
-    _no_second_derivative,
+    no_second_derivative("attention"),
 )

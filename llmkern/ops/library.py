@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.nn import Parameter
 
+from llmkern.errors import BackendError
 from llmkern.ops import flops
 from llmkern.torch_private import (
     derivative_in_graph,
@@ -114,6 +115,17 @@ class Plans(dict):
         if len(self) >= 4096:
             self.clear()
         self[key] = plan
+
+
+def no_second_derivative(op: str) -> Callable:
+    """The autograd formula of a backward op: none."""
+
+    def refuse(ctx, *gradients):
+        raise BackendError(
+            f"{op}: second derivatives need plain eager mode, not torch.compile or dispatch modes"
+        )
+
+    return refuse
 
 
 def define(

@@ -10,7 +10,15 @@ from torch import Tensor
 from llmkern import checks, dispatch, random, target
 from llmkern.backends.reference import linear as reference
 from llmkern.errors import ShapeError
-from llmkern.ops.library import define, direct, in_transform, plain_eager, untraced, wants_grad
+from llmkern.ops.library import (
+    define,
+    direct,
+    in_transform,
+    no_second_derivative,
+    plain_eager,
+    untraced,
+    wants_grad,
+)
 from llmkern.precision import tf32_allowed
 from llmkern.specs import LinearSpec
 
@@ -319,4 +327,5 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    no_second_derivative("linear"),
 )

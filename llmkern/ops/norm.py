@@ -4,10 +4,9 @@ Ba et al., "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square La
 2019.
 
 The pattern of every op whose calls must cost little. A plain eager call looks its plan up by
-signature (ops/library.py); only a new signature is checked and described. Backends get the spec
-and give None, not an empty tensor, for what is not wanted; all statistics are one tensor.
-Function.apply gets the tensors and the plan, or the tensors alone. Whatever is not plain eager goes
-through torch.ops.llmkern.norm, which needs tensors everywhere: _dense turns None into an empty one.
+signature (ops/library.py); only a new signature is checked and described. Backends give None, not
+an empty tensor, for what is not wanted; all statistics are one tensor. Whatever is not plain eager
+goes through torch.ops.llmkern.norm, which needs tensors everywhere: _dense makes empty ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +18,13 @@ from torch.nn import Parameter
 
 from llmkern import dispatch, numerics, random
 from llmkern.backends.reference import norm as reference
-from llmkern.errors import BackendError
 from llmkern.ops.library import (
     Plans,
     define,
     direct,
     direct_apply,
     in_transform,
+    no_second_derivative,
     signature,
     untraced,
 )
@@ -414,8 +413,7 @@ def _differentiable(spec, dy, dz, z, weight, seed, wants):
 def _forward(
     x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, z, statistics): z is empty unless keep_z; statistics [2, rows] mean and rstd, [1, rows]
-    rstd for RMSNorm."""
+    """(y, z or empty, statistics): [2, rows] mean and rstd, [1, rows] rstd for RMSNorm."""
     spec = _spec(x, residual, weight, bias, cols, eps, rms, unit_offset, dropout_p, keep_z)
     module = dispatch.resolve("norm", spec, backend)
     return _dense(x, *module.forward(spec, x, residual, weight, bias, seed))
@@ -460,12 +458,6 @@ def _autograd(ctx, dy, dz, _):
     return (dx if need[0] else None, dresidual if need[1] else None, dweight, dbias, *(None,) * 8)
 
 
-def _no_second_derivative(ctx, *gradients):
-    raise BackendError(
-        "norm: second derivatives need plain eager mode, not torch.compile or dispatch modes"
-    )
-
-
 def _fake(x, residual, weight, bias, seed, cols, eps, rms, unit_offset, dropout_p, keep_z, backend):
     options = (cols, eps, rms, unit_offset, dropout_p, keep_z)
     dispatch.foresee("norm", lambda: _spec(x, residual, weight, bias, *options), backend)
@@ -504,5 +496,5 @@ define(
     "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
-    _no_second_derivative,
+    no_second_derivative("norm"),
 )

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from llmkern.torch_private import extension_file
+
 # Of every runtime; then the way into a parallel region as GCC's code takes it (libgomp, and on most
 # systems libiomp5 and libomp), or clang's.
 COMMON = ("omp_in_parallel", "omp_get_max_threads", "omp_get_thread_num", "omp_get_num_threads")
@@ -55,7 +57,7 @@ def find() -> Runtime:
         return Runtime({}, "this torch does not use OpenMP")
     if sys.platform == "win32":
         return Runtime({}, "torch's OpenMP runtime is not looked for on Windows")
-    places = (ctypes.CDLL(None), ctypes.CDLL(torch._C.__file__))
+    places = (ctypes.CDLL(None), ctypes.CDLL(extension_file))
     found = {e["omp_get_max_threads"]: e for place in places if (e := _entries(place))}
     usable = [e for e in found.values() if len(found) == 1 or _follows_torch(e)]
     if not usable or _max_threads(usable[0]) != torch.get_num_threads():

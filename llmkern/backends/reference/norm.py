@@ -5,6 +5,7 @@ from torch import Tensor
 
 from llmkern import numerics, random
 from llmkern.specs import NormSpec
+from llmkern.torch_private import unsafe_view
 
 
 def supports(spec: NormSpec) -> str | None:
@@ -57,9 +58,8 @@ def forward(
         y = y + bias.reshape(-1).to(y.dtype)
     statistics = torch.stack([rstd] if spec.rms else [mean, rstd])
     # Not views: autograd forbids to modify a Function's output where it is one.
-    as_x = torch.ops.aten._unsafe_view
-    kept = as_x(z.to(spec.dtype), x.shape) if spec.keep_z else None
-    return as_x(y.to(spec.dtype), x.shape), kept, statistics
+    kept = unsafe_view(z.to(spec.dtype), x.shape) if spec.keep_z else None
+    return unsafe_view(y.to(spec.dtype), x.shape), kept, statistics
 
 
 def backward(
