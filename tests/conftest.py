@@ -11,7 +11,9 @@ interpreter instead. Markers for them, thousands of times slower than a GPU eith
 """
 
 import contextlib
+import getpass
 import os
+import tempfile
 
 import pytest
 import torch
@@ -26,6 +28,11 @@ GPU_BACKENDS = ("triton", "cuda")
 OFF_CPU = {"emulator", "triton", "cuda", "gpu", "architecture", "build", "cards", "install"}
 OFF_CPU |= {"kernel", "profile", "simd", "tune"}
 INTERPRETED = os.environ.get("LLMKERN_TEST_INTERPRETER") == "1"
+
+# inductor's cache does not know for which of torch's instruction sets it holds code.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    folder = f"torchinductor_llmkern_{getpass.getuser()}_{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
 if INTERPRETED and _launch.version() is not None:
     # Before a kernel is imported: it is what makes the triton backend serve CPU tensors.

@@ -158,9 +158,7 @@ def test_the_matrix_tells_failures_and_errors(monkeypatch, tmp_path):
     (tmp_path / "test_two.py").write_text("import nothing_of_this_name\n")
     for name, failed in (("test_one.py", "1 failed"), ("test_two.py", "1 error")):
         file = str(tmp_path / name)
-        outcome = matrix.run_tests(
-            run, tmp_path / "log", tmp_path, [file, "--rootdir", str(tmp_path)]
-        )
+        outcome = matrix.run_tests(run, tmp_path / "log", [file, "--rootdir", str(tmp_path)])
         number, kind = failed.split()
         assert outcome.code != 0 and outcome.counts[kind] == int(number)
     assert matrix.table([outcome]).splitlines()[1].split()[4:6] == ["0", "1"]

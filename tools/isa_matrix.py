@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -98,15 +97,13 @@ def machine() -> tuple[list[str], list[str], bool]:
     return isas, list(levels), flags.exists() and " amx_tile " in flags.read_text()
 
 
-def run_tests(run: Run, log: Path, compiled: Path, arguments: list[str]) -> Outcome:
+def run_tests(run: Run, log: Path, arguments: list[str]) -> Outcome:
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | {
         "LLMKERN_CPU_ISA": run.isa,
         "ATEN_CPU_CAPABILITY": run.torch,
         "OMP_NUM_THREADS": str(run.threads),
         "MKL_NUM_THREADS": str(run.threads),
         "OMP_WAIT_POLICY": "passive",  # more threads than cores must not wait for each other busily
-        # inductor's cache does not know for which instruction set it compiled.
-        "TORCHINDUCTOR_CACHE_DIR": str(compiled / run.torch),
     }
     command = [sys.executable, "-c", PYTEST, run.libraries]
     command += ["-m", SELECTION, "-p", "no:cacheprovider", *arguments]
@@ -151,11 +148,10 @@ def main() -> int:
         return 0 if chosen else 2
     options.logs.mkdir(parents=True, exist_ok=True)
     outcomes = []
-    with tempfile.TemporaryDirectory() as compiled:
-        for run in chosen:
-            print(f"{run} ...", flush=True)
-            log = options.logs / (str(run).replace(" ", "-") + ".log")
-            outcomes.append(run_tests(run, log, Path(compiled), arguments))
+    for run in chosen:
+        print(f"{run} ...", flush=True)
+        log = options.logs / (str(run).replace(" ", "-") + ".log")
+        outcomes.append(run_tests(run, log, arguments))
     print(f"\n{table(outcomes)}\n\nlogs: {options.logs}")
     return int(any(outcome.code != 0 for outcome in outcomes))
 
