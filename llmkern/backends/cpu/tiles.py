@@ -11,7 +11,7 @@ OWN, ONEDNN, TORCH = "own", "onednn", "torch"
 # (instruction set, dtype) -> who computes the product. A library serves only where it is at least
 # as accurate as torch's default product; bitwise the same for any thread count is OWN alone.
 #   avx2         Zen 3: OWN for all. Torch's bf16 product runs at 10 GFLOP/s a core without AVX-512.
-#   avx512       OWN for fp32: oneDNN's error is up to 3.5 times MKL's, ours is below MKL's. Zen 4:
+#   avx512       OWN for fp32: oneDNN's error is up to 3 times MKL's, ours is below MKL's. Zen 4:
 #                as fast as either; Intel: 0 - 13 % behind MKL in training, but MKL's sums follow
 #                the thread count; Zen 5: MKL runs at 40 % of the FMA rate. Without bf16
 #                instructions OWN multiplies 16-bit types as fp32. fp64's choice is not measured.
