@@ -5,7 +5,6 @@ each layer of a model adds such an error to the gradients behind it.
 """
 
 import copy
-import statistics
 
 import pytest
 import torch
@@ -56,19 +55,26 @@ def _breaks_the_rule(results) -> int:
     )
 
 
-def _median_ratio(results) -> float:
-    """Of root mean square errors, ours to torch's: half of the gradients lie below."""
-    return statistics.median(_rms(a, e) / _rms(b, e) for a, b, e in zip(*results, strict=True))
+def _product_ratio() -> float:
+    """Root mean square error of a long product, ours to torch's: no floor and no outlier in it."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, INNER, generator=generator) for rows in (256, WIDTH))
+    exact = x.double() @ w.double().T
+    ours = llmkern.functional.linear(x, w, backend="cpu")
+    return _rms(ours, exact) / _rms(x @ w.T, exact)
 
 
 def test_every_gradient_of_a_deep_model_keeps_the_rule(deep):
-    results = deep()
-    assert _breaks_the_rule(results) == 0
-    assert _median_ratio(results) <= 1.05
+    assert _breaks_the_rule(deep()) == 0
+
+
+@pytest.mark.skipif(not _ext.load().module, reason="the CPU extension is not built")
+def test_a_long_product_is_as_accurate_as_torchs():
+    assert _product_ratio() <= 1.4  # ours 0.83 - 1.13 (MKL's AVX-512, AVX2), oneDNN 1.6 - 2.2
 
 
 @pytest.mark.skipif("avx512" not in ISA, reason="oneDNN's error was measured with AVX-512")
 @pytest.mark.skipif(not linear._has_onednn(), reason="torch has no oneDNN linear")
-def test_the_deep_model_tells_a_less_accurate_product(deep, monkeypatch):
+def test_the_bound_tells_a_less_accurate_product(monkeypatch):
     monkeypatch.setitem(tiles.GEMM, (ISA, torch.float32), tiles.ONEDNN)
-    assert _median_ratio(deep()) > 1.05
+    assert _product_ratio() > 1.4
