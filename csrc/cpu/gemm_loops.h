@@ -56,8 +56,8 @@ void multiply_chunk(const GemmPlan& p, const Operand<T>& a, int part, const Bloc
   constexpr int64_t kMR = Tile<C>::kRows, kNR = Tile<C>::kCols, kLine = 64 / sizeof(C);
   const int64_t rows = t.row_end - t.row, cols = t.col_end - t.col;
   const int64_t outer = kInPlace ? rows : cols, inner = kInPlace ? cols : rows;
-  // Lines of the next panel of B that each tile asks for, so that it has come when its turn comes.
-  const int64_t ahead = kInPlace ? 0 : ceil_div(kc * kNR, kLine * rows) * kLine;
+  // Each tile asks for its share of the next panel of B, so that it has come when its turn comes.
+  const int64_t share = kInPlace ? 0 : ceil_div(kNR * sizeof(C), rows);
   for (int64_t o = 0; o < outer; ++o) {
     for (int64_t i = 0; i < inner; ++i) {
       const int64_t r = kInPlace ? o : i, c = kInPlace ? i : o;
@@ -65,14 +65,14 @@ void multiply_chunk(const GemmPlan& p, const Operand<T>& a, int part, const Bloc
       const int height = static_cast<int>(min_of(kMR, p.rows - row));
       const int width = static_cast<int>(min_of(kNR, p.cols - col));
       const C* const b = b_packed + (t.col + c) * p.b_panel + k * kNR;
-      for (int64_t line = 0; line < ahead; line += kLine)
-        prefetch(b + p.b_panel + r * ahead + line);
+      const char* const next = reinterpret_cast<const char*>(b + (kInPlace ? 0 : p.b_panel));
+      const Ahead ahead{next + r * kc * share, share};
       const auto tile = [&](auto rows_of_a) {
         const TileOutput<C> at = out.at(r * kMR, c * kNR);
         if (height == kMR && width == kNR)
-          micro_kernel<kMR, Tile<C>::kVectors>(kc, rows_of_a, b, at);
+          micro_kernel<kMR, Tile<C>::kVectors>(kc, rows_of_a, b, at, ahead);
         else
-          micro_kernel_edge<C>(height, width, kc, rows_of_a, b, at);
+          micro_kernel_edge<C>(height, width, kc, rows_of_a, b, at, ahead);
       };
       if constexpr (kInPlace)
         tile(StridedRows<C>{a.at(part, row, k), a.row_stride(part)});
@@ -93,8 +93,20 @@ bool tiles_store(const GemmPlan& p, const LinearEpilogue& e) {
 // Columns of the sums become rows of the output (narrow).
 template <class C>
 void turn(const C* sum, int64_t sum_stride, int64_t rows, int64_t cols, C* out) {
+  using V = Vec<C>;
+  constexpr int kLanes = V::kLanes;
+  const int64_t even_rows = rows - rows % kLanes, even_cols = cols - cols % kLanes;
+  for (int64_t i = 0; i < even_rows; i += kLanes) {
+    for (int64_t j = 0; j < even_cols; j += kLanes) {
+      V t[kLanes];
+      for (int l = 0; l < kLanes; ++l) t[l] = V::load(sum + (i + l) * sum_stride + j);
+      transpose(t);
+      for (int l = 0; l < kLanes; ++l) t[l].store(out + (j + l) * rows + i);
+    }
+  }
   for (int64_t j = 0; j < cols; ++j)
-    for (int64_t i = 0; i < rows; ++i) out[j * rows + i] = sum[i * sum_stride + j];
+    for (int64_t i = j < even_cols ? even_rows : 0; i < rows; ++i)
+      out[j * rows + i] = sum[i * sum_stride + j];
 }
 
 template <class T, class C = Compute<T>>

@@ -57,8 +57,15 @@ struct TileOutput {
   }
 };
 
+// Memory that a later tile reads first: one prefetch a step of k, step bytes apart. A few a step
+// leave line-fill buffers to the loads of this tile; all at its start would take them all.
+struct Ahead {
+  const char* p;
+  int64_t step;
+};
+
 template <int kRows, int kVectors, class C, class A>
-static void micro_kernel(int64_t kc, A a, const C* b, const TileOutput<C>& c) {
+static void micro_kernel(int64_t kc, A a, const C* b, const TileOutput<C>& c, Ahead ahead) {
   using V = Vec<C>;
   constexpr int kLanes = V::kLanes;
   V sum[kRows][kVectors];
@@ -80,6 +87,8 @@ static void micro_kernel(int64_t kc, A a, const C* b, const TileOutput<C>& c) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sum[i][j] = V::fma(ai, bk[j], sum[i][j]);
     }
+    prefetch(ahead.p);
+    ahead.p += ahead.step;
     a.next();
     b += Tile<C>::kCols;
   }
@@ -100,14 +109,14 @@ static void micro_kernel(int64_t kc, A a, const C* b, const TileOutput<C>& c) {
 // rows and vectors; in, out and bias still have room for NR columns.
 template <class C, class A, int kRows = Tile<C>::kRows>
 static void micro_kernel_edge(int rows, int cols, int64_t kc, A a, const C* b,
-                              const TileOutput<C>& c) {
+                              const TileOutput<C>& c, Ahead ahead) {
   if constexpr (kRows > 0) {
     if (rows < kRows)
-      micro_kernel_edge<C, A, kRows - 1>(rows, cols, kc, a, b, c);
+      micro_kernel_edge<C, A, kRows - 1>(rows, cols, kc, a, b, c, ahead);
     else if (cols <= Tile<C>::kLanes)
-      micro_kernel<kRows, 1>(kc, a, b, c);
+      micro_kernel<kRows, 1>(kc, a, b, c, ahead);
     else
-      micro_kernel<kRows, Tile<C>::kVectors>(kc, a, b, c);
+      micro_kernel<kRows, Tile<C>::kVectors>(kc, a, b, c, ahead);
   }
 }
 

@@ -8,10 +8,13 @@ import torch
 
 OWN, ONEDNN, TORCH = "own", "onednn", "torch"
 
-# (instruction set, dtype) -> who computes the product. 2026-11-22; avx512 lines 2026-11-21.
+# (instruction set, dtype) -> who computes the product. A library serves only where it is at least
+# as accurate as torch's default product; bitwise the same for any thread count is OWN alone.
 #   avx2         Zen 3: OWN for all. Torch's bf16 product runs at 10 GFLOP/s a core without AVX-512.
-#   avx512       Zen 5: ONEDNN for fp32, at 2.1 - 2.4 times MKL's speed. Without bf16 instructions
-#                OWN multiplies 16-bit types as fp32; that choice and fp64's are not measured.
+#   avx512       OWN for fp32: oneDNN's error is up to 3 times MKL's, ours is below MKL's. Zen 4:
+#                as fast as either; Intel: 0 - 13 % behind MKL in training, but MKL's sums follow
+#                the thread count; Zen 5: MKL runs at 40 % of the FMA rate. Without bf16
+#                instructions OWN multiplies 16-bit types as fp32. fp64's choice is not measured.
 #   avx512_bf16  as avx512; vdpbf16ps doubles the fp32 rate, and torch's bf16 product (oneDNN) uses
 #                it.
 #   scalar       no vector instructions that OWN knows: torch's library knows its machine better.
@@ -20,11 +23,11 @@ GEMM = {
     ("avx2", torch.bfloat16): OWN,
     ("avx2", torch.float16): OWN,
     ("avx2", torch.float64): OWN,
-    ("avx512", torch.float32): ONEDNN,
+    ("avx512", torch.float32): OWN,
     ("avx512", torch.bfloat16): OWN,
     ("avx512", torch.float16): OWN,
     ("avx512", torch.float64): TORCH,
-    ("avx512_bf16", torch.float32): ONEDNN,
+    ("avx512_bf16", torch.float32): OWN,
     ("avx512_bf16", torch.bfloat16): TORCH,
     ("avx512_bf16", torch.float16): OWN,
     ("avx512_bf16", torch.float64): TORCH,
