@@ -47,7 +47,7 @@ test-isa: setup
 
 # The tests on every torch of llmkern/supported.py; VERSIONS_ARGS="--only 2.9.1 -- -k norm".
 test-versions: setup
-	$(BIN)/python tools/test_versions.py $(VERSIONS_ARGS)
+	$(BIN)/python tools/versions.py $(VERSIONS_ARGS)
 
 bench: $(BENCH_SETUP)
 	$(BIN)/python -m llmkern bench --json $(REPORTS)/bench.json --html $(REPORTS)/bench.html $(BENCH_ARGS)

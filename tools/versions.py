@@ -67,9 +67,8 @@ def run(python: Path, version: str, triton: str, arguments: list[str]) -> tuple[
         code = subprocess.run(
             [*command, *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
         ).returncode
-    closing = [
-        line for line in log.read_text().splitlines() if re.search(r"\d+ passed|error", line)
-    ]
+    lines = log.read_text().splitlines()
+    closing = [line for line in lines if re.search(r"\d+ (passed|failed|error|skipped)", line)]
     return code, closing[-1].strip("= ") if closing else f"no closing line: {log}"
 
 
