@@ -1,5 +1,6 @@
 """The harness itself: it refuses a wrong kernel, takes turns, and can read what it wrote."""
 
+import argparse
 import copy
 import json
 import re
@@ -10,6 +11,8 @@ import torch
 from llmkern import cli
 from llmkern.bench import (
     baselines,
+    command,
+    execution,
     gate,
     memory,
     peak,
@@ -197,10 +200,10 @@ def test_a_baseline_that_cannot_serve_is_left_out_with_its_reason():
     assert row.variant("other").reason == "RuntimeError: no descriptor"
 
 
-def test_no_case_starts_after_the_deadline():
-    row = run_one(scaling_case(right), deadline=0.0)
-    assert row.status == "skipped"
-    assert not row.variants
+def test_after_the_deadline_a_case_is_measured_with_the_fewest_samples():
+    row = run_one(scaling_case(right), deadline=0.0, budget=1e6)
+    assert row.status == "ok"
+    assert [v.timing.samples for v in row.variants] == [runner.FEWEST_ROUNDS] * 2
 
 
 # ---- timing
@@ -473,6 +476,29 @@ def test_bench_runs_from_the_command_line_and_writes_both_files(tmp_path, monkey
     (row,) = store.load(files[0]).rows
     assert row.backend == "cpu" and row.isa
     assert files[1].read_text().startswith("<!doctype html>")
+
+
+def test_a_run_out_of_time_still_measures_every_row(tmp_path, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(peak.Peaks, "survey", lambda self, threads: None)
+    words = ["bench", "kernels", "--filter", "layer_norm/rows8xcols64", "--time-limit", "0"]
+    assert cli.main([*words, "--json", str(tmp_path / "run.json")]) == 0
+    (row,) = store.load(tmp_path / "run.json").rows
+    assert row.status == "ok" and row.speedup is not None
+
+
+def test_the_default_run_covers_both_dtypes_and_compiles_in_one_row():
+    chosen = [
+        execution.cases_of(suite, options_of_the_default_run()) for suite in ("kernels", "modules")
+    ]
+    for cases in chosen:
+        assert {case.dtype for case in cases} == {torch.float32, torch.bfloat16}
+    slow = [c.id for cases in chosen for c in cases if any(v.slow_to_prepare for v in c.variants)]
+    assert len(slow) == 1
+
+
+def options_of_the_default_run():
+    return argparse.Namespace(**command.DEFAULTS)
 
 
 def test_check_and_info_and_explain(capsys):
