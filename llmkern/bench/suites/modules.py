@@ -20,7 +20,7 @@ def default(dtypes: list[torch.dtype]) -> list[Case]:
             encoder(dtype, b=2, s=256, dropout=0.1),
             encoder(dtype, b=2, s=256, dropout=0.0),
             encoder(dtype, b=2, s=256, training=False, budget_s=6.0),
-            transformer(dtype),
+            transformer(dtype, b=2, s=64, t=64),  # the gate runs its float64 up to three times
             multihead_attention(dtype, b=2, s=256),
         ]
     return cases
