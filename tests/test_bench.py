@@ -1,6 +1,5 @@
 """The harness itself: it refuses a wrong kernel, takes turns, and can read what it wrote."""
 
-import argparse
 import copy
 import json
 import re
@@ -11,8 +10,6 @@ import torch
 from llmkern import cli
 from llmkern.bench import (
     baselines,
-    command,
-    execution,
     gate,
     memory,
     peak,
@@ -476,29 +473,6 @@ def test_bench_runs_from_the_command_line_and_writes_both_files(tmp_path, monkey
     (row,) = store.load(files[0]).rows
     assert row.backend == "cpu" and row.isa
     assert files[1].read_text().startswith("<!doctype html>")
-
-
-def test_a_run_out_of_time_still_measures_every_row(tmp_path, monkeypatch):
-    pytest.importorskip("rich")
-    monkeypatch.setattr(peak.Peaks, "survey", lambda self, threads: None)
-    words = ["bench", "kernels", "--filter", "layer_norm/rows8xcols64", "--time-limit", "0"]
-    assert cli.main([*words, "--json", str(tmp_path / "run.json")]) == 0
-    (row,) = store.load(tmp_path / "run.json").rows
-    assert row.status == "ok" and row.speedup is not None
-
-
-def test_the_default_run_covers_both_dtypes_and_compiles_in_one_row():
-    chosen = [
-        execution.cases_of(suite, options_of_the_default_run()) for suite in ("kernels", "modules")
-    ]
-    for cases in chosen:
-        assert {case.dtype for case in cases} == {torch.float32, torch.bfloat16}
-    slow = [c.id for cases in chosen for c in cases if any(v.slow_to_prepare for v in c.variants)]
-    assert len(slow) == 1
-
-
-def options_of_the_default_run():
-    return argparse.Namespace(**command.DEFAULTS)
 
 
 def test_check_and_info_and_explain(capsys):
