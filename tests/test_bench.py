@@ -197,10 +197,10 @@ def test_a_baseline_that_cannot_serve_is_left_out_with_its_reason():
     assert row.variant("other").reason == "RuntimeError: no descriptor"
 
 
-def test_no_case_starts_after_the_deadline():
-    row = run_one(scaling_case(right), deadline=0.0)
-    assert row.status == "skipped"
-    assert not row.variants
+def test_after_the_deadline_a_case_is_measured_with_the_fewest_samples():
+    row = run_one(scaling_case(right), deadline=0.0, budget=1e6)
+    assert row.status == "ok"
+    assert [v.timing.samples for v in row.variants] == [runner.FEWEST_ROUNDS] * 2
 
 
 # ---- timing

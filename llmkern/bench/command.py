@@ -12,6 +12,10 @@ from llmkern.bench import execution, registry, store
 from llmkern.bench.execution import SUITES, TIME_LIMIT_S
 from llmkern.bench.requirements import require
 
+TIME_LIMIT_HELP = (
+    f"seconds after which cases are repeated as few times as gives a median "
+    f"(default {TIME_LIMIT_S:.0f}, --full: none)"
+)
 DEFAULTS: dict[str, Any] = {
     "suites": [],
     "full": False,
@@ -58,7 +62,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--filter", metavar="WORDS", help="only cases whose id contains every word")
     add("--device", help="device of the tensors (default cpu)")
     add("--budget", type=float, metavar="X", help="scale the time given to each case")
-    add("--time-limit", type=float, metavar="S", help=f"default {TIME_LIMIT_S:.0f}, --full: none")
+    add("--time-limit", type=float, metavar="S", help=TIME_LIMIT_HELP)
     add("--no-compile", action="store_true", help="leave torch.compile variants out")
     add("--tune-allocator", action="store_true", help="run all under llmkern.tune_allocator()")
     add("--steps", type=int, help="steps of each training run")

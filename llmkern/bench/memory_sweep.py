@@ -13,7 +13,8 @@ import llmkern.functional as LF
 from llmkern.bench import memory
 from llmkern.bench.registry import EAGER, OURS, Maker, functional
 
-LENGTHS = (1024, 4096, 16384)
+LENGTHS = (1024, 4096, 8192)
+FULL_LENGTHS = (1024, 4096, 16384)
 WARM_LENGTH = 128
 HEADS, HEAD_DIM = 1, 64
 DROPOUT = 0.1

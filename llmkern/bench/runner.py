@@ -20,20 +20,19 @@ from llmkern.bench.registry import (
 )
 from llmkern.bench.store import Row, VariantResult
 
-OUT_OF_TIME = "not run: the time limit of this run was reached"
+FEWEST_ROUNDS = 3  # of a case that is measured after the deadline
 
 
 @dataclass
 class Options:
-    """`budget` scales every case's time budget; `deadline` is a time.monotonic() after which
-    remaining cases are listed as not run, and `compile_deadline` the same for torch.compile."""
+    """`budget` scales every case's time budget; `deadline` is a time.monotonic() after which the
+    remaining cases are repeated as few times as gives a median. None is left out."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     budget: float = 1.0
     compile: bool = True
     measure_memory: bool = True
     deadline: float = float("inf")
-    compile_deadline: float = float("inf")
 
 
 def isa_in_use() -> str:
@@ -59,9 +58,6 @@ def run_case(case: Case, options: Options) -> Row:
         nbytes=case.cost.nbytes,
         tags=sorted(case.tags),
     )
-    if time.monotonic() > options.deadline:
-        row.status, row.reason = "skipped", OUT_OF_TIME
-        return row
     tensors = inputs_of(case, options.device)
     try:
         verdict = gate.check(case, tensors)
@@ -90,10 +86,11 @@ def _measure(case: Case, tensors: Tensors, options: Options, row: Row) -> None:
         step = _prepare(variant, case, tensors, options, result)
         if step is not None:
             steps[variant.name] = step
+    late = time.monotonic() > options.deadline
     timings = timers.interleave(
         steps,
-        case.budget_s * options.budget * len(steps) / 2,
-        min_rounds=case.min_rounds,
+        0.0 if late else case.budget_s * options.budget * len(steps) / 2,
+        min_rounds=FEWEST_ROUNDS if late else case.min_rounds,
         sample=timers.sampler(options.device),
     )
     for result in row.variants:
@@ -108,9 +105,6 @@ def _prepare(
     """The variant's call, run once so that one which cannot serve is left out with its reason."""
     if variant.slow_to_prepare and not options.compile:
         result.reason = "left out on request"
-        return None
-    if variant.slow_to_prepare and time.monotonic() > options.compile_deadline:
-        result.reason = OUT_OF_TIME
         return None
     try:
         step = variant.prepare(tensors)

@@ -36,7 +36,7 @@ class VariantResult:
 @dataclass
 class Row:
     """One case as measured. `status` is "ok", "failed" (the gate refused the result), "error" (it
-    raised) or "skipped" (no time was left); `reason` says more."""
+    raised) or, in older files, "skipped" (no time was left); `reason` says more."""
 
     id: str
     suite: str
