@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode
 
 from llmkern import dispatch, functional
@@ -60,6 +61,10 @@ class Rerouting(TorchFunctionMode):
             return func(*args, **kwargs)
         _count(self.served, route.name)
         return output
+
+    def is_on(self) -> bool:
+        """Whether this thread is inside the mode."""
+        return any(_get_function_stack_at(i) is self for i in range(_len_torch_function_stack()))
 
     def __str__(self) -> str:
         served = ", ".join(f"{n} x {name}" for name, n in self.served.most_common())
@@ -175,3 +180,5 @@ _ROUTES = {
     )
     for function in functions
 }
+
+NAMES = frozenset(route.name for route in _ROUTES.values())
