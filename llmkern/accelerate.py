@@ -138,7 +138,8 @@ def _only_calls_others(module: Module, cls: type[Module]) -> bool:
     if not module._modules or any(p is not None for p in module._parameters.values()):
         return False
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)
-    return code is None or override.NAMES.isdisjoint(code.co_names)
+    named = set(code.co_names if code is not None else ())
+    return override.NAMES.isdisjoint(named - module._modules.keys() - module.__dict__.keys())
 
 
 def _reroute(model: Module, excluded: set[int], report: Report) -> None:

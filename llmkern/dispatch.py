@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llmkern import choice, target, tuned
+from llmkern import choice, recompute, target, tuned
 from llmkern.errors import BackendError, FallbackWarning
 from llmkern.numerics import FLOOR
 
@@ -72,9 +72,15 @@ def _set(**changed) -> Iterator[None]:
         _settings.reset(token)
 
 
+def _prefer(name: str | None) -> contextlib.AbstractContextManager:
+    return _set(preferred=name)
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every llmkern call inside runs on backend `name`, one of NAMES, or raises."""
+    """Every llmkern call inside runs on backend `name`, one of NAMES, or raises; so does what
+    torch.utils.checkpoint recomputes of them in backward."""
+    recompute.carry("backend", lambda: _settings.get().preferred, _prefer, None)
     with _set(preferred=check_name(name)):
         yield
 
