@@ -46,7 +46,7 @@ class Rerouting(TorchFunctionMode):
     """
 
     def __new__(cls) -> "Rerouting":  # not __init__, which a copy and a pickle go past
-        recompute.carry("rerouting", _on, _just, ())
+        _recompute_alike()
         return super().__new__(cls)
 
     def __init__(self) -> None:
@@ -113,6 +113,15 @@ def _just(modes: tuple[Rerouting, ...]) -> Iterator[None]:
         yield
     finally:
         _set_stack(before)
+
+
+def _recompute_alike() -> bool:
+    """Have torch.utils.checkpoint recompute under the Reroutings of the forward."""
+    recompute.carry("rerouting", _on, _just, ())
+    return True
+
+
+_recompute_alike._dynamo_marked_constant = True  # as _count below: run, not traced
 
 
 def _set_stack(modes: list[TorchFunctionMode]) -> None:
