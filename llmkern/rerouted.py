@@ -10,6 +10,7 @@ import functools
 import types
 
 import torch
+import torch.fx
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
@@ -24,6 +25,8 @@ def reroute(module: Module, mode: Rerouting) -> str | None:
     cls = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by torch.jit"
+    if isinstance(module, torch.fx.GraphModule):
+        return "torch.fx writes its class anew; with llmkern.override() around a call they are"
     if parametrize.is_parametrized(module):  # torch takes its class for the one it made
         return "parametrized"
     try:

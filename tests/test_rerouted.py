@@ -263,16 +263,22 @@ def test_what_cannot_be_rerouted_is_listed():
         def forward(self, x):
             return F.relu(x)
 
-    model = nn.Sequential(scripted, parametrized, Alone())
+    traced = torch.fx.symbolic_trace(Tower())
+    model = nn.Sequential(scripted, parametrized, Alone(), traced)
     report = llmkern.accelerate(model, functional=True)
     reasons = [left.reason for left in report.left if "not rerouted" in left.reason]
     assert reasons == [
         "calls in it are not rerouted: compiled by torch.jit",
         "calls in it are not rerouted: parametrized",
         "calls in it are not rerouted: its class has no subclass: no more",
+        "calls in it are not rerouted: torch.fx writes its class anew; "
+        "with llmkern.override() around a call they are",
     ]
+    traced.recompile()
     model(X)
-    assert report.rerouting.served["relu"] == 1  # inside the model it is
+    assert (
+        report.rerouting.served["relu"] == report.rerouting.served["gelu"] == 1
+    )  # inside the model it is
 
 
 def test_undo_after_another_change_of_class_reroutes_no_more():
