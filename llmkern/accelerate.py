@@ -13,9 +13,10 @@ import torch
 from torch.nn import Module, Parameter
 from torch.nn.utils import parametrize
 
-from llmkern import override, rerouted
+from llmkern import rerouted
 from llmkern.errors import ArgumentError
 from llmkern.nn.table import REPLACEMENTS
+from llmkern.override import NAMES, Rerouting
 from llmkern.report import Left, Replaced, Report, shares, title
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential, torch.nn.Identity)
@@ -139,12 +140,12 @@ def _only_calls_others(module: Module, cls: type[Module]) -> bool:
         return False
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)
     named = set(code.co_names if code is not None else ())
-    return override.NAMES.isdisjoint(named - module._modules.keys() - module.__dict__.keys())
+    return NAMES.isdisjoint(named - module._modules.keys() - module.__dict__.keys())
 
 
 def _reroute(model: Module, excluded: set[int], report: Report) -> None:
     """Reroute the model, and the modules in it whose class is not torch's or llmkern's own."""
-    mode = rerouted.mode_of(model) or override.Rerouting()
+    mode = rerouted.mode_of(model) or Rerouting()
     for name, module in list(model.named_modules()):
         cls = type(module)
         kind = cls.__bases__[0] if parametrize.is_parametrized(module) else cls
