@@ -4,111 +4,30 @@ A replacement is a change of `__class__` from llmkern.nn's type table. Nothing e
 moves: parameters, buffers, hooks, mode, and what refers to them (optimizers, other modules) stay.
 """
 
-import copyreg
-import functools
-import types
+import difflib
+import inspect
 import weakref
-from collections import Counter
 from collections.abc import Collection
-from typing import NamedTuple
 
 import torch
 from torch.nn import Module, Parameter
 from torch.nn.utils import parametrize
 
+from llmkern import rerouted
+from llmkern.errors import ArgumentError
 from llmkern.nn.table import REPLACEMENTS
-from llmkern.override import Rerouting
+from llmkern.override import NAMES, Rerouting
+from llmkern.report import Left, Replaced, Report, shares, title
 
-_MODE = "_llmkern_rerouting"  # attribute of a model accelerated with functional=True
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential, torch.nn.Identity)
-
-
-class Replaced(NamedTuple):
-    name: str  # in the model; "" is the model itself
-    before: type[Module]
-    after: type[Module]
-
-
-class Left(NamedTuple):
-    name: str
-    type: type[Module]
-    reason: str
-
-
-class Report:
-    """What `accelerate` did. As a context manager it undoes it at the end.
-
-    Attributes:
-        replaced, left: every module that got a llmkern class, and every other one but containers,
-            with the reason.
-        rerouting: with functional=True, the counts of rerouted calls (see `llmkern.override`).
-    """
-
-    def __init__(self) -> None:
-        self.replaced: list[Replaced] = []
-        self.left: list[Left] = []
-        self.rerouting: Rerouting | None = None
-        self._undo: list[tuple[weakref.ref[Module], type[Module], type[Module]]] = []
-        self._rerouted: weakref.ref[Module] | None = None
-
-    def undo(self) -> None:
-        """Give every module the class that it had. A module whose class somebody else has changed
-        since then is left as it is; undoing twice is as once."""
-        model = self._rerouted() if self._rerouted is not None else None
-        if model is not None and _base(type(model)) is not None:
-            model.__class__ = _base(type(model))
-            del model.__dict__[_MODE]
-        for reference, before, after in self._undo:
-            module = reference()
-            if type(module) is after:
-                module.__class__ = before
-            elif _base(type(module)) is after:  # rerouted by a later accelerate
-                module.__class__ = _rerouted(before)
-        self._rerouted = None
-        self._undo.clear()
-
-    def __enter__(self) -> "Report":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
-    def __str__(self) -> str:
-        lines = [
-            f"llmkern: {len(self.replaced)} modules replaced, {len(self.left)} left as they are"
-        ]
-        lines += [f"  {n:4d} x {what}" for what, n, _ in self._rows()]
-        if self.rerouting is not None:
-            lines += [f"  {line}" for line in str(self.rerouting).splitlines()]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def __rich__(self):
-        """A table, for rich.print."""
-        from rich.table import Table
-
-        table = Table(title=str(self).splitlines()[0])
-        for column in ("modules", "count", "first"):
-            table.add_column(column)
-        for what, n, name in self._rows():
-            table.add_row(what, str(n), name)
-        return table
-
-    def _rows(self) -> list[tuple[str, int, str]]:
-        """(what happened, to how many, name of the first), the frequent ones first."""
-        outcomes = [(f"{_title(r.before)} -> {_title(r.after)}", r.name) for r in self.replaced]
-        outcomes += [(f"{_title(m.type)} left: {m.reason}", m.name) for m in self.left]
-        counts = Counter(what for what, _ in outcomes)
-        first = dict(reversed(outcomes))
-        return [(what, n, first[what] or "the model itself") for what, n in counts.most_common()]
+_COMPILED = "_orig_mod"  # attribute of torch.compile's wrapper: the model
 
 
 def accelerate(
     model: Module,
     *,
     functional: bool = False,
-    exclude: Collection[str | type[Module]] = (),
+    exclude: str | type[Module] | Collection[str | type[Module]] = (),
 ) -> Report:
     """Replace torch.nn modules of `model` by their llmkern.nn forms, in place.
 
@@ -117,16 +36,25 @@ def accelerate(
 
     Args:
         model: any module; it is replaced itself if it is one of torch.nn's.
-        functional: while model's forward runs, also reroute the torch.nn.functional calls in it, as
-            `llmkern.override` does.
-        exclude: names of modules (with all below them) and exact types to leave as they are.
+        functional: also reroute the torch.nn.functional calls that the model's modules make, as
+            `llmkern.override` does, whenever the model or any module in it is called. Calls that a
+            method makes outside any module call (F.linear in a training_step) are not reached:
+            `with llmkern.override()` in it, or around it, is.
+        exclude: names of modules (with all below them) and exact types to leave as they are. With
+            functional, calls that they make while the model runs are rerouted nonetheless.
 
     Returns:
         A report; `report.undo()` takes everything back.
+
+    Raises:
+        ArgumentError: exclude has a name that no module has, or what is neither name nor type;
+            nothing is changed then.
     """
-    report = Report()
-    for name, module in list(model.named_modules()):
-        reason = _excluded(name, module, exclude) or _reason(module)
+    excluded = _excluded(model, exclude)
+    modules = list(model.named_modules())
+    report = Report(shares(modules))
+    for name, module in modules:
+        reason = "excluded" if id(module) in excluded else _reason(module)
         replacement = REPLACEMENTS.get(type(module))
         if reason is None and replacement is not None:
             report.replaced.append(Replaced(name, type(module), replacement))
@@ -135,22 +63,50 @@ def accelerate(
         elif reason is not None:
             report.left.append(Left(name, type(module), reason))
     if functional:
-        _reroute(getattr(model, "_orig_mod", model), report)  # what torch.compile wraps
+        _reroute(getattr(model, _COMPILED, model), excluded, report)
     return report
 
 
-def _excluded(name: str, module: Module, exclude: Collection[str | type[Module]]) -> str | None:
-    parts = name.split(".")
-    prefixes = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
-    if type(module) in exclude or not prefixes.isdisjoint(e for e in exclude if isinstance(e, str)):
-        return "excluded"
-    return None
+def _excluded(model: Module, exclude: str | type[Module] | Collection) -> set[int]:
+    """The ids of the modules that `exclude` names, under whichever of their names, and of those
+    below them."""
+    entries = [exclude] if isinstance(exclude, str | type) else list(exclude)
+    by_name: dict[str, Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        by_name.setdefault(name, module)
+        by_name.setdefault(".".join(p for p in name.split(".") if p != _COMPILED), module)
+    found: set[int] = set()
+    for entry in entries:
+        if isinstance(entry, str):
+            if entry not in by_name:
+                raise ArgumentError(_unknown_name(entry, by_name))
+            found |= {id(module) for module in by_name[entry].modules()}
+        elif isinstance(entry, type):
+            found |= {id(module) for module in model.modules() if type(module) is entry}
+        else:
+            raise ArgumentError(
+                "accelerate: exclude must hold names of modules and module classes, got a "
+                f"{type(entry).__name__}: {entry!r}"
+            )
+    return found
+
+
+def _unknown_name(entry: str, by_name: dict[str, Module]) -> str:
+    text = f"accelerate: exclude: no module is named {entry!r}"
+    for module in by_name.values():
+        if entry in (type(module).__name__, title(type(module))):
+            return f"{text}; to leave a class as it is give the class itself, {title(type(module))}"
+    last = entry.rpartition(".")[2]
+    near = difflib.get_close_matches(entry, by_name, 5)
+    ends = difflib.get_close_matches(last, {name.rpartition(".")[2] for name in by_name}, 3)
+    near += [name for name in by_name if name.rpartition(".")[2] in ends and name not in near]
+    return f"{text}; near it: {', '.join(near[:5])}" if near else text
 
 
 def _reason(module: Module) -> str | None:
     """Why a module is left as it is; None for those that are replaced, those that llmkern made, and
     containers."""
-    cls = type(module)
+    cls = rerouted.base(type(module)) or type(module)
     if cls in REPLACEMENTS:
         if "forward" in module.__dict__:
             return "its forward is set on the instance"
@@ -158,7 +114,7 @@ def _reason(module: Module) -> str | None:
             if type(parameter) is not Parameter:
                 return f"its {name} is a {type(parameter).__name__}"
         return None
-    if _base(cls) in REPLACEMENTS.values() or cls in REPLACEMENTS.values() or cls in _CONTAINERS:
+    if cls in REPLACEMENTS.values() or cls in _CONTAINERS:
         return None
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by torch.jit"
@@ -171,62 +127,36 @@ def _reason(module: Module) -> str | None:
                 if cls.forward is not torch_type.forward
                 else "not known here"
             )
-            return f"a subclass of {_title(torch_type)}, {own}"
-    if cls.__module__.startswith("torch.nn."):
+            return f"a subclass of {title(torch_type)}, {own}"
+    if cls.__module__.startswith("torch.nn.") and not module._modules:
         return "no kernel for it"
-    return "runs its own forward"
+    return None if _only_calls_others(module, cls) else "runs its own forward"
 
 
-def _reroute(model: Module, report: Report) -> None:
-    cls = type(model)
-    if _base(cls) is None:
-        if isinstance(model, torch.jit.ScriptModule) or "forward" in model.__dict__:
-            report.left.append(Left("", cls, "calls in it are not rerouted: its forward is fixed"))
-            return
-        model.__dict__[_MODE] = Rerouting()
-        model.__class__ = _rerouted(cls)
-        report._rerouted = weakref.ref(model)
-    report.rerouting = model.__dict__[_MODE]
+def _only_calls_others(module: Module, cls: type[Module]) -> bool:
+    """Whether a module of `cls` is there for the modules in it: it has some, no parameter of its
+    own, and a forward that names no function which `override` knows."""
+    if not module._modules or any(p is not None for p in module._parameters.values()):
+        return False
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    named = set(code.co_names if code is not None else ())
+    return NAMES.isdisjoint(named - module._modules.keys() - module.__dict__.keys())
 
 
-@functools.cache
-def _rerouted(base: type[Module]) -> type[Module]:
-    """A subclass of `base` that runs base's forward under the model's Rerouting. It goes by base's
-    name, and is pickled and copied by way of base, which can be found by name."""
-
-    @functools.wraps(base.forward)
-    def forward(self, *args, **kwargs):
-        with self.__dict__[_MODE]:
-            return base.forward(self, *args, **kwargs)
-
-    def __reduce_ex__(self, protocol):
-        make, arguments, *state = base.__reduce_ex__(self, protocol)
-        if make is copyreg.__newobj__ and arguments[0] is type(self):
-            make, arguments = _rebuild, (base, *arguments[1:])
-        return make, arguments, *state
-
-    members = {
-        "forward": forward,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_llmkern_base": base,
-    }
-    return types.new_class(base.__name__, (base,), exec_body=lambda body: body.update(members))
-
-
-def _rebuild(base: type[Module], *arguments: object) -> Module:
-    return base.__new__(_rerouted(base), *arguments)
-
-
-def _base(cls: type[Module]) -> type[Module] | None:
-    """The class that a rerouted class stands for; None for any other."""
-    return cls.__dict__.get("_llmkern_base")
-
-
-def _title(cls: type[Module]) -> str:
-    for package in ("torch.nn", "llmkern.nn"):
-        if cls.__module__.startswith(f"{package}."):
-            return f"{package}.{cls.__name__}"
-    return cls.__qualname__
+def _reroute(model: Module, excluded: set[int], report: Report) -> None:
+    """Reroute the model, and the modules in it whose class is not torch's or llmkern's own."""
+    mode = rerouted.mode_of(model) or Rerouting()
+    for name, module in list(model.named_modules()):
+        cls = type(module)
+        kind = cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+        ours = cls in REPLACEMENTS.values() or cls in _CONTAINERS or hasattr(module, _COMPILED)
+        outside = ours or kind.__module__.startswith("torch.nn.") or id(module) in excluded
+        if rerouted.base(cls) is not None or (outside and module is not model):
+            continue
+        refusal = rerouted.reroute(module, mode)
+        if refusal is None:
+            report._rerouted.append(weakref.ref(module))
+        else:
+            report.left.append(Left(name, cls, f"calls in it are not rerouted: {refusal}"))
+    if rerouted.mode_of(model) is mode or report._rerouted:
+        report.rerouting = mode

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from llmkern import errors
@@ -15,8 +16,15 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def tensor(op: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise errors.DtypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if isinstance(value, Tensor):
+        return
+    text = f"{op}: {name} must be a Tensor, got {type(value).__name__}"
+    if isinstance(value, torch.fx.Proxy):
+        text += (
+            "; torch.fx traces calls of the form llmkern.functional.name(...), and a function that "
+            "was imported by itself after torch.fx.wrap('name') in the module that calls it"
+        )
+    raise errors.DtypeError(text)
 
 
 def floating(op: str, name: str, value: Tensor) -> None:

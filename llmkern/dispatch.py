@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llmkern import choice, target, tuned
+from llmkern import choice, recompute, target, tuned
 from llmkern.errors import BackendError, FallbackWarning
 from llmkern.numerics import FLOOR
 from llmkern.torch_private import compiler_traces, constant_in_graph
@@ -41,6 +41,9 @@ class _Settings(NamedTuple):
     policy: str = "warn"
     records: list | None = None
 
+
+# Private to torch: what torch.export traces modules with, strict=False.
+_EXPORTED = (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor)
 
 _DEFAULTS = _Settings()
 _settings: contextvars.ContextVar[_Settings] = contextvars.ContextVar("settings", default=_DEFAULTS)
@@ -73,9 +76,15 @@ def _set(**changed) -> Iterator[None]:
         _settings.reset(token)
 
 
+def _prefer(name: str | None) -> contextlib.AbstractContextManager:
+    return _set(preferred=name)
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every llmkern call inside runs on backend `name`, one of NAMES, or raises."""
+    """Every llmkern call inside runs on backend `name`, one of NAMES, or raises; so does what
+    torch.utils.checkpoint recomputes of them in backward."""
+    recompute.carry("backend", lambda: _settings.get().preferred, _prefer, None)
     with _set(preferred=check_name(name)):
         yield
 
@@ -267,12 +276,14 @@ def unserved(input: Tensor, *others: Tensor | None) -> str | None:
 
     Drop-in modules and rerouted calls ask this first and leave the rest to torch: nested, sparse,
     quantised and complex tensors, subclasses with rules of their own (DTensor), devices for which
-    there is no fused backend here, and torch.jit.trace, whose graphs should hold torch's ops. What
-    passes may still break a rule of the op, which then says so.
+    there is no fused backend here, and torch.jit.trace and ONNX's exporter, whose graphs should
+    hold torch's ops. What passes may still break a rule of the op, which then says so.
     """
     for tensor in (input, *others):
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter and tensor is not None:
+            if isinstance(tensor, _EXPORTED) and _exporting():
+                continue  # stands for the plain tensor that the exported program will get
             return f"{kind.__name__} has rules of its own"
     if input.dtype not in FLOOR:
         return f"dtype {str(input.dtype).removeprefix('torch.')}"
@@ -282,6 +293,11 @@ def unserved(input: Tensor, *others: Tensor | None) -> str | None:
     if not has_fused(device):
         return f"no fused backend serves {device} here"
     return "torch.jit is tracing" if torch.jit.is_tracing() else None
+
+
+def _exporting() -> bool:
+    """Whether torch.export makes a program that may hold llmkern's ops, as ONNX's may not."""
+    return torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
 
 
 def has_fused(device: str) -> bool:

@@ -1,4 +1,9 @@
-"""The public functions. Each takes torch's signature first; what is ours is keyword-only."""
+"""The public functions. Each takes torch's signature first; what is ours is keyword-only.
+
+torch.fx: a call that finds its function here (`functional.linear(...)`) is one node of the graph.
+"""
+
+import torch.fx
 
 from llmkern.ops.activation import gelu, relu, silu
 from llmkern.ops.attention import (
@@ -26,3 +31,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "silu",
 ]
+
+for _name in __all__:
+    torch.fx.wrap(_name)
+del _name

@@ -7,20 +7,28 @@
 A TorchFunctionMode: it sees F.linear, torch.layer_norm, Tensor.relu and the like on this thread
 only, nests, ends with its block, and is traced by torch.compile in a compiled region or around one.
 A call that llmkern does not serve runs as if the mode were not there, and is counted with the
-reason. Backward needs no mode: a rerouted call records its own.
+reason. Backward needs no mode: a rerouted call records its own, and what torch.utils.checkpoint
+recomputes there runs under the modes of its forward.
 """
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import (  # private to torch
+    _get_function_stack_at,
+    _len_torch_function_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
+)
 from torch.overrides import TorchFunctionMode
 
-from llmkern import dispatch, functional
+from llmkern import dispatch, functional, recompute
 from llmkern.errors import LlmkernError
 from llmkern.torch_private import constant_in_graph, silu
 
@@ -37,6 +45,10 @@ class Rerouting(TorchFunctionMode):
     served: calls that ran on llmkern, by function. declined: calls that torch ran, by "function:
     reason". In a compiled region a call is counted when it is traced, not each time it runs.
     """
+
+    def __new__(cls) -> "Rerouting":  # not __init__, which a copy and a pickle go past
+        _recompute_alike()
+        return super().__new__(cls)
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +74,10 @@ class Rerouting(TorchFunctionMode):
         _count(self.served, route.name)
         return output
 
+    def is_on(self) -> bool:
+        """Whether this thread is inside the mode."""
+        return any(_get_function_stack_at(i) is self for i in range(_len_torch_function_stack()))
+
     def __str__(self) -> str:
         served = ", ".join(f"{n} x {name}" for name, n in self.served.most_common())
         lines = [f"rerouted: {served or 'nothing'}"]
@@ -78,6 +94,42 @@ def override() -> Rerouting:
     in-place forms.
     """
     return Rerouting()
+
+
+def _on() -> tuple[Rerouting, ...]:
+    """The Reroutings that this thread is inside of, the innermost last."""
+    stack = (_get_function_stack_at(i) for i in range(_len_torch_function_stack()))
+    return tuple(mode for mode in stack if isinstance(mode, Rerouting))
+
+
+@contextlib.contextmanager
+def _just(modes: tuple[Rerouting, ...]) -> Iterator[None]:
+    """Inside, the Reroutings that are on are `modes`, whichever were on before."""
+    if modes == _on():
+        yield
+        return
+    before = [_get_function_stack_at(i) for i in range(_len_torch_function_stack())]
+    _set_stack([*(mode for mode in before if not isinstance(mode, Rerouting)), *modes])
+    try:
+        yield
+    finally:
+        _set_stack(before)
+
+
+def _recompute_alike() -> bool:
+    """Have torch.utils.checkpoint recompute under the Reroutings of the forward."""
+    recompute.carry("rerouting", _on, _just, ())
+    return True
+
+
+_recompute_alike._dynamo_marked_constant = True  # as _count below: run, not traced
+
+
+def _set_stack(modes: list[TorchFunctionMode]) -> None:
+    for _ in range(_len_torch_function_stack()):
+        _pop_torch_function_stack()
+    for mode in modes:
+        _push_on_torch_function_stack(mode)
 
 
 def _count(counter: Counter[str], name: str, reason: str | None = None) -> None:
@@ -178,3 +230,5 @@ _ROUTES = {
     )
     for function in functions
 }
+
+NAMES = frozenset(route.name for route in _ROUTES.values())

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import llmkern
+from llmkern.errors import ArgumentError
 from llmkern.nn import REPLACEMENTS
 
 E, H, S, B = 16, 2, 6, 3
@@ -204,6 +205,42 @@ def test_copies_pickles_and_saves(functional):
     torch.testing.assert_close(fresh(idx), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("functional", [False, True])
+def test_exclusion_of_one_name_or_type(functional):
+    model = nn.Sequential(nn.ModuleDict({"head": nn.Linear(E, E)}), nn.GELU(), nn.Linear(E, E))
+    model.tied = model[2]  # "2", which a walk over modules names first, is it too
+    for exclude, left in (("0.head", {"0.head"}), ("tied", {"2"}), (nn.Linear, {"0.head", "2"})):
+        with llmkern.accelerate(model, functional=functional, exclude=exclude) as report:
+            assert {entry.name for entry in report.left} == left
+            assert all(type(model.get_submodule(name)) is nn.Linear for name in left)
+            assert type(model[1]) is llmkern.nn.GELU
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [
+        ("layers.0.linaer1", r"no module is named 'layers.0.linaer1'; near it: layers.0.linear1"),
+        (["norm", "linear2"], r"named 'linear2'; near it: .*layers.0.linear2"),
+        ("LayerNorm", "named 'LayerNorm'; .* give the class itself, torch.nn.LayerNorm"),
+        ("qqq", "named 'qqq'$"),
+        ([3], "must hold names of modules and module classes, got a int: 3"),
+    ],
+)
+def test_an_exclusion_of_nothing_is_an_error(exclude, message):
+    model = transformer()
+    before = types(model)
+    with pytest.raises(ArgumentError, match=message):
+        llmkern.accelerate(model, exclude=exclude)
+    assert types(model) == before
+
+
+def test_names_for_exclusion_are_those_of_the_model_that_is_compiled():
+    model = transformer()
+    with llmkern.accelerate(torch.compile(model), exclude=["layers.1", "_orig_mod.norm"]):
+        assert type(model.layers[1].linear1) is nn.Linear and type(model.norm) is nn.LayerNorm
+        assert type(model.layers[0].linear1) is llmkern.nn.Linear
+
+
 def test_functional_reroutes_while_forward_runs():
     model = NanoGPT()
     idx = torch.randint(0, 50, (2, S))
@@ -258,14 +295,6 @@ def test_report_does_not_keep_the_model():
     report.undo()
 
 
-def test_models_without_a_forward_of_their_class_are_not_rerouted():
-    patched = nn.Linear(E, E)
-    patched.forward = lambda x: x
-    report = llmkern.accelerate(patched, functional=True)
-    assert report.rerouting is None
-    assert report.left[-1].reason == "calls in it are not rerouted: its forward is fixed"
-
-
 @pytest.mark.parametrize("functional", [False, True])
 def test_compiles_whole(functional):
     model = NanoGPT()
@@ -315,15 +344,3 @@ def test_compiled_model_is_accelerated():
         torch.testing.assert_close(compiled(idx), expected, rtol=1e-4, atol=1e-5)
         assert report.rerouting.served["layer_norm"]
     torch.testing.assert_close(compiled(idx), expected)
-
-
-def test_report_is_readable():
-    rich = pytest.importorskip("rich.console")
-    report = llmkern.accelerate(nn.Sequential(transformer(), nn.Embedding(3, 4)))
-    lines = str(report).splitlines()
-    assert lines[0] == "llmkern: 22 modules replaced, 1 left as they are"
-    assert "     5 x torch.nn.LayerNorm -> llmkern.nn.LayerNorm" in lines
-    assert "     1 x torch.nn.Embedding left: no kernel for it" in lines
-    console = rich.Console(file=io.StringIO(), width=120)
-    console.print(report)
-    assert "0.layers.0.norm1" in console.file.getvalue()

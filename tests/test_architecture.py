@@ -17,12 +17,15 @@ CUDA_OPS = ["norm", "attention", "linear"]  # the others are left to Triton
 
 # Who may import whom inside the package; a layer may also import itself and the leaves.
 ALLOWED = {
-    "accelerate": {"nn", "override", "dispatch"},
-    "override": {"functional", "dispatch"},
+    "accelerate": {"nn", "override", "report", "rerouted"},
+    "report": {"override", "rerouted"},
+    "rerouted": {"override"},
+    "override": {"functional", "dispatch", "recompute"},
     "nn": {"functional", "dispatch"},
     "functional": {"ops"},
     "ops": {"dispatch", "checks"},
-    "dispatch": {"choice", "tuned"},
+    "dispatch": {"choice", "tuned", "recompute"},
+    "recompute": set(),
     "choice": set(),
     "tuned": {"choice", "version"},
     "checks": set(),

@@ -79,6 +79,9 @@ def test_explain_gives_the_bounds_and_says_what_they_are():
     (op,) = explanation.ops
     assert op.forward_bounds == roofline.card_bounds("norm", op.spec)
     text = str(explanation)
+    assert "bound" not in text and not any(f"{card.name} " in text for card in cards.CARDS)
+    on_cuda = op._replace(spec=op.spec._replace(device="cuda"))
+    text = str(explanation._replace(ops=(on_cuda,)))
     assert "a bound from data sheets, not a measurement" in text
     for card in cards.CARDS:
         assert f"{card.name} " in text

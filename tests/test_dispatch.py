@@ -11,6 +11,7 @@ import torch
 import llmkern
 from llmkern import dispatch, functional
 from llmkern.backends.cpu import norm as cpu_norm
+from llmkern.backends.cpu import tiles
 from llmkern.errors import BackendError, FallbackWarning
 from llmkern.functional import layer_norm
 
@@ -134,8 +135,34 @@ def test_explain_names_backend_cost_and_rejections(unsupported):
     assert "passed over cpu: it is a test" in str(explanation)
 
 
-def test_explain_of_a_call_without_our_ops_says_so():
-    assert str(llmkern.explain(torch.ones, 3)) == "no llmkern op ran in this call"
+def test_explain_of_a_call_without_our_ops_says_what_to_do():
+    text = str(llmkern.explain(torch.ones, 3))
+    assert text.startswith("no llmkern op ran in this call: ") and "llmkern.override()" in text
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.ones(3, 8)
+    plain = "no llmkern op ran in this call: the model is not accelerated; "
+    for function in (model, model.forward, torch.compile(model, backend="eager")):
+        assert str(llmkern.explain(function, x)) == f"{plain}llmkern.accelerate(model) first"
+    with llmkern.accelerate(model):
+        assert len(llmkern.explain(model, x).ops) == 1
+        text = str(llmkern.explain(model.eval(), x.to_sparse()))
+    assert "the model is accelerated, but what it ran is left to torch" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_explain_names_the_library_of_a_product(dtype, rows, monkeypatch):
+    x, weight = torch.ones(rows, 8, dtype=dtype), torch.ones(8, 8, dtype=dtype)
+    said = {
+        "own": "product by llmkern",
+        "onednn": "product by oneDNN",
+        "torch": "product by torch.mm",
+    }
+    for choice, text in said.items():
+        if choice == "onednn" and dtype == torch.float64:
+            continue  # it has no such product
+        monkeypatch.setattr(tiles, "pick_gemm", lambda *_, choice=choice: choice)
+        (op,) = llmkern.explain(llmkern.functional.linear, x, weight).ops
+        assert op.backend == "cpu" and f", {text}" in op.detail
 
 
 def test_choices_do_not_grow_without_bound(monkeypatch):

@@ -293,7 +293,12 @@ def test_compile_fullgraph(backend):
 def test_errors_name_op_tensor_rule_and_value():
     x, w = torch.randn(2, 3, 8), torch.randn(6, 8)
     cases = [
-        ((x, torch.randn(6, 7)), {}, r"linear: weight must be \[N, 8\].* got \[6, 7\]"),
+        (
+            (x, torch.randn(6, 7)),
+            {},
+            r"linear: input's last dim must be 7 .*\[6, 7\]",
+        ),
+        ((x, torch.randn(2, 6, 8)), {}, r"linear: weight must have 2 dims, got \[2, 6, 8\]"),
         ((x, w, torch.randn(5)), {}, r"linear: bias must be \[6\].* got \[5\]"),
         ((x, w.double()), {}, r"linear: weight must be float32 \(as input\), got float64"),
         ((x.int(), w), {}, r"linear: input must be one of .* got int32"),
@@ -310,5 +315,7 @@ def test_errors_name_op_tensor_rule_and_value():
         assert isinstance(caught.value, errors.LlmkernError)
     with pytest.raises(errors.ShapeError, match="linear_gated: up_weight must have 6 rows"):
         linear_gated(x, w, torch.randn(5, 8))
+    with pytest.raises(errors.ShapeError, match=r"up_weight must be \[6, 8\] as gate_weight"):
+        linear_gated(x, w, torch.randn(6, 7))
     with pytest.raises(errors.ShapeError, match="both or neither"):
         linear_gated(x, w, w, torch.randn(6))

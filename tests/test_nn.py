@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import llmkern
-from llmkern.errors import ArgumentError
+from llmkern.errors import ArgumentError, ShapeError
 from llmkern.nn import REPLACEMENTS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -239,3 +239,9 @@ def test_autocast_gives_the_dtypes_of_torch():
         assert expected_half is None or got_half.dtype == expected_half.dtype, theirs
         if not isinstance(theirs, nn.Dropout):
             torch.testing.assert_close(got.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_linear_blames_its_input():
+    module = nn.Sequential(llmkern.nn.Linear(3, 4))
+    with pytest.raises(ShapeError, match=r"input's last dim must be 3 .* got \[2, 5\]"):
+        module(torch.randn(2, 5))

@@ -203,6 +203,15 @@ def test_compiled_regions_are_rerouted(where):
         assert counts == dict(calls.served)
 
 
+def test_a_compiled_region_may_make_its_own():
+    def function(x):
+        with llmkern.override():
+            return F.gelu(x)
+
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(X)
+    torch.testing.assert_close(got, F.gelu(X))
+
+
 def test_copies_and_pickles():
     calls = llmkern.override()
     with calls:

@@ -54,9 +54,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if self._unserved(query, key, value):
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask,
+        # Not ours: undone, while somebody has kept this method as the module's forward.
+        if not isinstance(self, MultiheadAttention) or self._unserved(query, key, value):
+            return torch.nn.MultiheadAttention.forward(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
         return outside_modes(

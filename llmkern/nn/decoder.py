@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmkern import dispatch
-from llmkern.nn.fusion import add_linear, add_norm, feed_forward, unchanged
+from llmkern.nn.fusion import add_linear, add_norm, feed_forward, ours
 from llmkern.nn.masks import detect_causal, sequence_length
 from llmkern.nn.table import adopt, replaces
 
@@ -37,9 +37,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        if dispatch.unserved(tgt, memory) or not unchanged(self, _BLOCKS):
-            return super().forward(
-                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+        if not ours(self, TransformerDecoderLayer, _BLOCKS) or dispatch.unserved(tgt, memory):
+            return torch.nn.TransformerDecoderLayer.forward(
+                self, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
                 memory_key_padding_mask, tgt_is_causal, memory_is_causal,
             )  # fmt: skip
         own = {
@@ -87,7 +87,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         if tgt_is_causal is None and not tgt.is_nested:
             length = sequence_length(tgt, self.layers[0].self_attn.batch_first)
             tgt_is_causal = detect_causal(tgt_mask, length)
-        return super().forward(
-            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+        return torch.nn.TransformerDecoder.forward(
+            self, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
             memory_key_padding_mask, tgt_is_causal, memory_is_causal,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmkern import dispatch
 from llmkern.nn.attention import MultiheadAttention
-from llmkern.nn.fusion import add_linear, add_norm, bypassable, feed_forward, unchanged
+from llmkern.nn.fusion import add_linear, add_norm, bypassable, feed_forward, ours
 from llmkern.nn.masks import detect_causal, float_mask, sequence_length
 from llmkern.nn.table import adopt, replaces
 
@@ -44,8 +44,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if dispatch.unserved(src) or not unchanged(self, _BLOCKS):
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if not ours(self, TransformerEncoderLayer, _BLOCKS) or dispatch.unserved(src):
+            return torch.nn.TransformerEncoderLayer.forward(
+                self, src, src_mask, src_key_padding_mask, is_causal
+            )
         if self.norm_first:
             attended = self._attend(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
             y, z = add_norm(attended, src, self.dropout1, self.norm2, prenorm=True)
@@ -86,10 +88,14 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        if dispatch.unserved(src) or not all(
-            bypassable(layer, (TransformerEncoderLayer,)) for layer in self.layers
+        if (
+            not ours(self, TransformerEncoder)
+            or dispatch.unserved(src)
+            or not all(bypassable(layer, (TransformerEncoderLayer,)) for layer in self.layers)
         ):
-            return super().forward(src, mask, src_key_padding_mask, is_causal)
+            return torch.nn.TransformerEncoder.forward(
+                self, src, mask, src_key_padding_mask, is_causal
+            )
         if is_causal is None:
             length = sequence_length(src, self.layers[0].self_attn.batch_first)
             is_causal = detect_causal(mask, length)

@@ -24,6 +24,7 @@ LINEARS = (torch.nn.Linear, Linear)
 DROPOUTS = (torch.nn.Dropout, Dropout)
 LAYER_NORMS = (torch.nn.LayerNorm, LayerNorm)
 RMS_NORMS = (torch.nn.RMSNorm, RMSNorm)
+_NONE: dict[str, Callable] = {}
 
 
 def bypassable(module: Module, types: tuple[type[Module], ...]) -> bool:
@@ -42,9 +43,15 @@ def bypassable(module: Module, types: tuple[type[Module], ...]) -> bool:
     )
 
 
-def unchanged(layer: Module, methods: dict[str, Callable]) -> bool:
-    """True where torch's `methods`, which layer's forward does not call, are what calling them
-    would run: no subclass, instance or patch of torch's class has its own."""
+def ours(layer: Module, kind: type[Module], methods: dict[str, Callable] = _NONE) -> bool:
+    """Whether `kind`'s own forward may run for layer.
+
+    False after undo, where somebody has kept the forward and still calls it, and where one of
+    torch's `methods`, which that forward does not call, is not what calling it would run: a
+    subclass, the instance or a patch of torch's class has its own.
+    """
+    if not isinstance(layer, kind):
+        return False
     cls, own = type(layer), layer.__dict__
     for name, method in methods.items():
         if getattr(cls, name) is not method or name in own:

@@ -1,8 +1,11 @@
 """Linear, with an activation in its epilogue on request."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmkern import dispatch, functional
@@ -18,6 +21,30 @@ _ACTIVATIONS = {
 }
 
 
+class _QConfig:
+    """`qconfig`, which torch.ao.quantization sets on every module of a model. It finds those that
+    it quantises by their exact class, so it passes over llmkern's: not without a word."""
+
+    def __get__(self, module: Module | None, owner: type | None = None) -> object:
+        if module is None:
+            return self
+        try:
+            return module.__dict__["qconfig"]
+        except KeyError:
+            raise AttributeError("qconfig") from None
+
+    def __set__(self, module: Module, value: object) -> None:
+        warnings.warn(
+            "torch.ao.quantization knows torch.nn.Linear, and leaves llmkern.nn.Linear as it is: "
+            "call undo() of llmkern.accelerate's report first, or quantise before accelerate",
+            stacklevel=4,  # past Module.__setattr__: where torch sets it
+        )
+        module.__dict__["qconfig"] = value
+
+    def __delete__(self, module: Module) -> None:
+        module.__dict__.pop("qconfig", None)
+
+
 @replaces(torch.nn.Linear)
 class Linear(torch.nn.Linear):
     """torch.nn.Linear on `llmkern.functional.linear`.
@@ -27,6 +54,7 @@ class Linear(torch.nn.Linear):
     """
 
     fused_activation: str | None = None  # on the class: a replaced torch.nn.Linear has none
+    qconfig = _QConfig()
 
     def __init__(
         self,
@@ -49,11 +77,13 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
-        if not dispatch.unserved(input, weight, bias):
+        ours = isinstance(self, Linear)  # not where an undone module's forward has been kept
+        if ours and not dispatch.unserved(input, weight, bias):
             return outside_modes(
                 functional.linear, input, weight, bias, activation=self.fused_activation
             )
-        output, name = super().forward(input), self.fused_activation
+        output = torch.nn.Linear.forward(self, input)
+        name = self.fused_activation if ours else None
         return output if name is None else _ACTIVATIONS[name](output)
 
     def extra_repr(self) -> str:
@@ -65,8 +95,10 @@ class Linear(torch.nn.Linear):
 class OutProjection(NonDynamicallyQuantizableLinear):
     """The out_proj of MultiheadAttention, which reads its weight and bias and seldom calls it."""
 
+    qconfig = _QConfig()
+
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         if dispatch.unserved(input, weight, bias):
-            return super().forward(input)
+            return NonDynamicallyQuantizableLinear.forward(self, input)
         return outside_modes(functional.linear, input, weight, bias)

@@ -118,9 +118,16 @@ def _check(op, input, weights, biases, activation) -> torch.dtype:
     for name, weight in weights:
         checks.tensor(op, name, weight)
         checks.floating(op, name, weight)
-        if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+        if weight.dim() != 2:
+            raise ShapeError(f"{op}: {name} must have 2 dims, got {list(weight.shape)}")
+        if rows is None and weight.shape[1] != input.shape[-1]:
             raise ShapeError(
-                f"{op}: {name} must be [N, {input.shape[-1]}] (last dim of input), "
+                f"{op}: input's last dim must be {weight.shape[1]} (in_features: {name} is "
+                f"{list(weight.shape)}), got {list(input.shape)}"
+            )
+        if weight.shape[1] != input.shape[-1]:
+            raise ShapeError(
+                f"{op}: {name} must be [{rows}, {input.shape[-1]}] as {weights[0][0]}, "
                 f"got {list(weight.shape)}"
             )
         if rows is not None and weight.shape[0] != rows:

@@ -20,6 +20,25 @@ def supports(spec: LinearSpec) -> str | None:
     return _ext.unavailable(spec.device)
 
 
+def describe(spec: LinearSpec) -> str:
+    """Who computes the product of a call, for `llmkern.explain`."""
+    isa = _ext.load().module.isa()
+    choice = tiles.pick_gemm(isa, spec.dtype, spec.rows, _has_onednn())
+    if choice == tiles.OWN:
+        return "product by llmkern"
+    library = "oneDNN" if choice == tiles.ONEDNN else _library_of_mm(spec.dtype)
+    return f"product by {library}"
+
+
+def _library_of_mm(dtype: torch.dtype) -> str:
+    """The library behind torch.mm on this CPU."""
+    if dtype in (torch.float32, torch.float64):
+        return "torch.mm (MKL)" if torch.backends.mkl.is_available() else "torch.mm (BLAS)"
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    asked = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
+    return "torch.mm (oneDNN)" if asked is not None and asked() else "torch.mm"
+
+
 class _Epilogue(NamedTuple):
     """llmkern::LinearEpilogue but for y; a None means "none"."""
 
