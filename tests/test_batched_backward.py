@@ -3,6 +3,9 @@
 import pytest
 import torch
 from op_cases import CASES, serving
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmkern.errors import BackendError
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -71,3 +74,15 @@ def test_vectorised_jacobian_is_the_jacobian(name):
     plain = torch.autograd.functional.jacobian(first, tensors)
     vectorised = torch.autograd.functional.jacobian(first, tensors, vectorize=True)
     torch.testing.assert_close(vectorised, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "dropout"])
+def test_second_derivatives_under_a_dispatch_mode_are_right_or_refused(name):
+    """torch.ops.llmkern.*, which a mode sees, have first derivatives: an error, no zeros."""
+    tensors = [t.detach().double().requires_grad_() for t in CASES[name].tensors()]
+    with FlopCounterMode(display=False):
+        outputs = CASES[name].outputs(tensors)
+    loss = sum(y.square().sum() for y in outputs)
+    gradients = torch.autograd.grad(loss, tensors, create_graph=True)
+    with pytest.raises(BackendError, match="second derivatives need plain eager mode"):
+        torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)
