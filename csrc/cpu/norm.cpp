@@ -138,7 +138,7 @@ inline Compute<T> row_mean(const NormShape& s, const T* z) {
   using V = Vec<C>;
   constexpr C kScale = C(1) / C(int64_t{1} << 40);
   if (s.rms) return C(0);
-  const C first = as_float(z[0]);
+  const C first = s.cols > 0 ? as_float(z[0]) : C(0);  // rows of nothing have no memory
   const V scale = V::set1(kScale), origin = V::set1(-first * kScale);
   const C sum = row_sum(z, s.cols, [=](V t, V v, int lanes) {
     V d = V::fma(v, scale, origin);  // exact products: one rounding with or without an FMA
