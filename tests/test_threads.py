@@ -235,9 +235,11 @@ import array, importlib.machinery, importlib.util, sys
 loader = importlib.machinery.ExtensionFileLoader("llmkern._C_cpu", {module.__file__!r})
 kernels = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
 loader.exec_module(kernels)
-x, y = array.array("f", [-1.0, 2.0] * 40000), array.array("f", [7.0] * 80000)
-kernels.activation_fwd(0, {CODES["relu"]}, 1, 80000, x.buffer_info()[0], 80000,
-                       y.buffer_info()[0], 80000)
+class Floats(array.array):
+    def data_ptr(self):
+        return self.buffer_info()[0]
+x, y = Floats("f", [-1.0, 2.0] * 40000), Floats("f", [7.0] * 80000)
+kernels.activation_fwd(0, {CODES["relu"]}, 1, 80000, x, 80000, y, 80000)
 assert y.tolist() == [0.0, 2.0] * 40000 and kernels.max_threads() == 1
 print("torch" in sys.modules)
 """
