@@ -12,25 +12,29 @@ recomputes there runs under the modes of its forward.
 """
 
 import contextlib
+import itertools
 import threading
+import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import (  # private to torch
-    _get_function_stack_at,
-    _len_torch_function_stack,
-    _pop_torch_function_stack,
-    _push_on_torch_function_stack,
-)
 from torch.overrides import TorchFunctionMode
 
 from llmkern import dispatch, functional, recompute
 from llmkern.errors import LlmkernError
-from llmkern.torch_private import constant_in_graph, silu
+from llmkern.torch_private import (
+    constant_in_graph,
+    function_mode_at,
+    len_function_stack,
+    pop_function_mode,
+    push_function_mode,
+    silu,
+)
 
 _counting = threading.Lock()  # of the module, so that a Rerouting can be copied and pickled
 
@@ -48,12 +52,19 @@ class Rerouting(TorchFunctionMode):
 
     def __new__(cls) -> "Rerouting":  # not __init__, which a copy and a pickle go past
         _recompute_alike()
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        made._key = _new_key()
+        if not torch.compiler.is_compiling():
+            _by_key[made._key] = made
+        return made
 
     def __init__(self) -> None:
         super().__init__()
         self.served: Counter[str] = Counter()
         self.declined: Counter[str] = Counter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_key"}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         route = _ROUTES.get(func)
@@ -69,14 +80,20 @@ class Rerouting(TorchFunctionMode):
         except LlmkernError as refusal:
             plain = isinstance(refusal, Declined) or not torch.compiler.is_compiling()
             reason = refusal.args[0] if plain else type(refusal).__name__  # no traced sizes in it
-            _count(self.declined, route.name, reason)
+            self._count("declined", f"{route.name}: {reason}")
             return func(*args, **kwargs)
-        _count(self.served, route.name)
+        self._count("served", route.name)
         return output
+
+    def _count(self, counter: str, what: str) -> None:
+        if torch.compiler.is_compiling():
+            _count_traced(self._key, counter, what)
+        else:
+            _add(getattr(self, counter), what)
 
     def is_on(self) -> bool:
         """Whether this thread is inside the mode."""
-        return any(_get_function_stack_at(i) is self for i in range(_len_torch_function_stack()))
+        return any(mode is self for mode in _stack())
 
     def __str__(self) -> str:
         served = ", ".join(f"{n} x {name}" for name, n in self.served.most_common())
@@ -96,10 +113,16 @@ def override() -> Rerouting:
     return Rerouting()
 
 
+def _stack() -> list[TorchFunctionMode]:
+    """All modes that this thread is inside of; none where torch does not tell."""
+    if function_mode_at is None:
+        return []
+    return [function_mode_at(i) for i in range(len_function_stack())]
+
+
 def _on() -> tuple[Rerouting, ...]:
     """The Reroutings that this thread is inside of, the innermost last."""
-    stack = (_get_function_stack_at(i) for i in range(_len_torch_function_stack()))
-    return tuple(mode for mode in stack if isinstance(mode, Rerouting))
+    return tuple(mode for mode in _stack() if isinstance(mode, Rerouting))
 
 
 @contextlib.contextmanager
@@ -108,7 +131,7 @@ def _just(modes: tuple[Rerouting, ...]) -> Iterator[None]:
     if modes == _on():
         yield
         return
-    before = [_get_function_stack_at(i) for i in range(_len_torch_function_stack())]
+    before = _stack()
     _set_stack([*(mode for mode in before if not isinstance(mode, Rerouting)), *modes])
     try:
         yield
@@ -118,28 +141,50 @@ def _just(modes: tuple[Rerouting, ...]) -> Iterator[None]:
 
 def _recompute_alike() -> bool:
     """Have torch.utils.checkpoint recompute under the Reroutings of the forward."""
-    recompute.carry("rerouting", _on, _just, ())
+    if function_mode_at is None or pop_function_mode is None or push_function_mode is None:
+        warnings.warn(recompute.OUTSIDE.format("override"), stacklevel=4)
+    else:
+        recompute.carry("rerouting", _on, _just, ())
     return True
 
 
-_recompute_alike._dynamo_marked_constant = True  # as _count below: run, not traced
+constant_in_graph(_recompute_alike)
 
 
 def _set_stack(modes: list[TorchFunctionMode]) -> None:
-    for _ in range(_len_torch_function_stack()):
-        _pop_torch_function_stack()
+    for _ in range(len_function_stack()):
+        pop_function_mode()
     for mode in modes:
-        _push_on_torch_function_stack(mode)
+        push_function_mode(mode)
 
 
-def _count(counter: Counter[str], name: str, reason: str | None = None) -> None:
+# A Rerouting by a text of its own, for what dynamo runs while it traces: of arguments, it takes
+# constants alone there.
+_by_key: weakref.WeakValueDictionary[str, Rerouting] = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+
+def _new_key() -> str:
+    if torch.compiler.is_dynamo_compiling():  # traced, not run
+        return ""
+    return str(next(_keys))
+
+
+def _add(counter: Counter[str], what: str) -> None:
+    with _counting:
+        counter[what] += 1
+
+
+def _count_traced(key: str, counter: str, what: str) -> None:
+    """Count a call in a compiled region; one whose Rerouting the region makes itself is not."""
     if torch.compiler.is_dynamo_compiling():  # traced, not run: no lock and no count in a graph
         return
-    with _counting:
-        counter[name if reason is None else f"{name}: {reason}"] += 1
+    if key in _by_key:
+        _add(getattr(_by_key[key], counter), what)
 
 
-constant_in_graph(_count)
+constant_in_graph(_new_key)
+constant_in_graph(_count_traced)
 
 
 def _require(input: Tensor, *others: Tensor | None) -> None:

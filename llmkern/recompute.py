@@ -10,13 +10,21 @@ is called.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-# Private parts of torch: CheckpointFunction.forward(ctx, run_function, ...) keeps run_function in
-# ctx.run_function and its backward calls that; _CheckpointFrame.__init__ sets recompute_fn.
-from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
+# CheckpointFunction.forward(ctx, run_function, ...) keeps run_function in ctx.run_function, and its
+# backward calls that; CheckpointFrame.__init__ sets recompute_fn.
+from torch.utils.checkpoint import CheckpointFunction
+
+from llmkern.torch_private import CheckpointFrame
+
+OUTSIDE = (
+    "llmkern: this torch does not show what is needed here: what torch.utils.checkpoint recomputes "
+    "in backward runs outside {}, with other kernels and other dropout masks than its forward"
+)
 
 
 class _Kind(NamedTuple):
@@ -60,14 +68,14 @@ def _as_in(state: _State, function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 class _RecomputeFn:
-    """_CheckpointFrame.recompute_fn (use_reentrant=False): keeps the state at which it was set,
+    """CheckpointFrame.recompute_fn (use_reentrant=False): keeps the state at which it was set,
     which is when the region's forward starts."""
 
-    def __set__(self, frame: _CheckpointFrame, function: Callable) -> None:
+    def __set__(self, frame: Any, function: Callable) -> None:
         frame.__dict__["recompute_fn"] = function
         frame.__dict__["llmkern_state"] = _state()
 
-    def __get__(self, frame: _CheckpointFrame | None, owner: type | None = None) -> Any:
+    def __get__(self, frame: Any, owner: type | None = None) -> Any:
         if frame is None:
             return self
         state = frame.__dict__.get("llmkern_state", {})
@@ -93,4 +101,9 @@ def _watch() -> None:
 
     CheckpointFunction.forward = staticmethod(keep)
     CheckpointFunction.backward = staticmethod(recompute)
-    _CheckpointFrame.recompute_fn = _RecomputeFn()
+    if CheckpointFrame is None:
+        warnings.warn(
+            OUTSIDE.format("override and use_backend (use_reentrant=False)"), stacklevel=4
+        )
+    else:
+        CheckpointFrame.recompute_fn = _RecomputeFn()

@@ -27,6 +27,14 @@ nn.Module that its subclasses share (`_parameters`, `_forward_hooks` ...) are no
     utils._python_dispatch
         ._get_current_dispatch_mode_stack   all       all objects are searched for FLOP counters
     nn.modules.module._global_*_hooks       all       as if there were hooks: no submodules fused
+    utils._python_dispatch
+        .TorchDispatchMode                  all       the benchmark's gate sees no ReLU kinks
+    _subclasses.FakeTensor,
+        .functional_tensor.FunctionalTensor all       torch.export (strict=False) holds torch's ops
+    _C._get_function_stack_at, _C._pop_...,
+        _C._push_on_torch_function_stack    all       a warning: checkpoint recomputes outside of
+                                                      override
+    utils.checkpoint._CheckpointFrame       all       the same, with use_reentrant=False
     _C._nn.silu                             all       F.silu alone is rerouted
     ops.aten._unsafe_view                   all       a copy
     ops.aten._safe_softmax                  all       softmax and a second pass over the scores
@@ -41,6 +49,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -121,6 +130,27 @@ if len_dispatch_stack is not _maybe:
 # `forward_levels._current_level` >= 0 inside forward-mode AD: read, not called, on the hot path.
 forward_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else _ForwardLevels()
 
+# The stack of function modes: the one at an index, the last taken off and put on. None: unknown.
+function_mode_at: Callable[[int], Any] | None = find("_C._get_function_stack_at", None)
+pop_function_mode: Callable[[], Any] | None = find("_C._pop_torch_function_stack", None)
+push_function_mode: Callable[[Any], None] | None = find("_C._push_on_torch_function_stack", None)
+
+# A mode that sees each operator; a subclass of what stands in sees none.
+TorchDispatchMode: type = find("utils._python_dispatch.TorchDispatchMode", _NoModes)
+
+# What torch.export(strict=False) runs modules on.
+exported_tensors: tuple[type, ...] = tuple(
+    kind
+    for kind in (
+        find("_subclasses.FakeTensor", None),
+        find("_subclasses.functional_tensor.FunctionalTensor", None),
+    )
+    if kind is not None
+)
+
+# A region of torch.utils.checkpoint(use_reentrant=False), whose __init__ sets recompute_fn.
+CheckpointFrame: type | None = find("utils.checkpoint._CheckpointFrame", None)
+
 # Hooks on all modules, tables that are filled and emptied in place. Callers ask for empty or not.
 _HOOKS = "nn.modules.module._global_"
 global_forward_hooks = find(_HOOKS + "forward_hooks", (None,))
@@ -170,10 +200,9 @@ def untraced(function: Callable) -> Callable:
     return function
 
 
-_FRAMES = "_C._dynamo.eval_frame."
-_set_strategy = find(_FRAMES + "set_code_exec_strategy", None)
-_strategy = find(_FRAMES + "_FrameExecStrategy", None)
-_action = find(_FRAMES + "_FrameAction", None)
+_set_strategy = find("_C._dynamo.eval_frame.set_code_exec_strategy", None)
+_strategy = find("_C._dynamo.eval_frame._FrameExecStrategy", None)
+_action = find("_C._dynamo.eval_frame._FrameAction", None)
 if _strategy is None or _action is None:
     _set_strategy = None
 else:

@@ -158,8 +158,8 @@ def test_explain_names_the_library_of_a_product(dtype, rows, monkeypatch):
         "torch": "product by torch.mm",
     }
     for choice, text in said.items():
-        if choice == "onednn" and dtype == torch.float64:
-            continue  # it has no such product
+        if choice == "onednn" and dtype != torch.float32:
+            continue  # it has none in float64, and in 16 bits on some processors alone
         monkeypatch.setattr(tiles, "pick_gemm", lambda *_, choice=choice: choice)
         (op,) = llmkern.explain(llmkern.functional.linear, x, weight).ops
         assert op.backend == "cpu" and f", {text}" in op.detail

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkern import numerics
 from llmkern.bench.registry import Tensors
+from llmkern.torch_private import TorchDispatchMode
 
 
 class Near(NamedTuple):
