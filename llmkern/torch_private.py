@@ -167,10 +167,18 @@ safe_softmax: Callable[[Tensor, int], Tensor] = find(
 )
 
 # t as another shape in the same memory, and no view of it as far as autograd knows: for a tensor
-# that nobody else holds.
-unsafe_view: Callable[[Tensor, Any], Tensor] = find(
+# that nobody else holds, autograd included.
+_unsafe_view: Callable[[Tensor, Any], Tensor] = find(
     "ops.aten._unsafe_view", lambda t, shape: t.reshape(shape).clone()
 )
+
+
+def reshaped_output(t: Tensor, shape: Any) -> Tensor:
+    """A result of formulas as `shape`. In a Function, which autograd does not look into, it is no
+    view: of a view, autograd forbids changes in place. Where autograd records the formulas it may
+    have saved t (relu does), so there it is a view and a change in place is noticed."""
+    return t.reshape(shape) if torch.is_grad_enabled() else _unsafe_view(t, shape)
+
 
 # The file of torch's extension module, through which its libraries are found; None: unknown.
 extension_file: str | None = find("_C.__file__", None)

@@ -46,7 +46,8 @@ def _poisoned(allocate):
     def allocate_and_fill(*args, **kwargs):
         out = allocate(*args, **kwargs)
         if type(out) is torch.Tensor and out.is_floating_point():
-            out.fill_(float("nan"))
+            with torch.no_grad():
+                out.fill_(float("nan"))
         return out
 
     return allocate_and_fill

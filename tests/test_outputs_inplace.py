@@ -6,6 +6,7 @@ from op_cases import CASES, serving
 from torch import nn
 
 import llmkern
+from llmkern import functional as K
 from llmkern.backends.cpu import linear as cpu_linear
 from llmkern.backends.cpu import tiles
 
@@ -82,3 +83,22 @@ def test_linear_then_relu_in_place_trains_whoever_computes_the_product(library, 
     got = torch.autograd.grad(model(x).sum(), list(model.parameters()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_change_in_place_under_a_transform_is_right_or_an_error(activation):
+    """torch.func differentiates plain formulas; relu's derivative reads what relu returned."""
+    x, w = torch.randn(2, 3, 8), torch.randn(8, 8)
+
+    def gradient(change):
+        def loss(x):
+            return change(K.linear(x, w, activation=activation)).sum()
+
+        return torch.func.grad(loss)(x)
+
+    if activation == "relu":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(lambda y: y.add_(10.0))
+    else:
+        expected = gradient(lambda y: y + 10.0)
+        torch.testing.assert_close(gradient(lambda y: y.add_(10.0)), expected)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmkern import numerics, random
 from llmkern.specs import LinearSpec
-from llmkern.torch_private import unsafe_view
+from llmkern.torch_private import reshaped_output
 
 
 def supports(spec: LinearSpec) -> str | None:
@@ -80,7 +80,7 @@ def forward(
     if spec.keep_preact:
         kept = [x.new_empty(0) if t is None else t.to(spec.dtype).reshape(shape) for t in (z, u)]
     # No view of y: autograd forbids to modify a Function's output where it is one.
-    return unsafe_view(y.to(spec.dtype), shape), kept[0], kept[1]
+    return reshaped_output(y.to(spec.dtype), shape), kept[0], kept[1]
 
 
 def backward(

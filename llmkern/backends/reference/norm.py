@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkern import numerics, random
 from llmkern.specs import NormSpec
-from llmkern.torch_private import unsafe_view
+from llmkern.torch_private import reshaped_output
 
 
 def supports(spec: NormSpec) -> str | None:
@@ -58,8 +58,8 @@ def forward(
         y = y + bias.reshape(-1).to(y.dtype)
     statistics = torch.stack([rstd] if spec.rms else [mean, rstd])
     # Not views: autograd forbids to modify a Function's output where it is one.
-    kept = unsafe_view(z.to(spec.dtype), x.shape) if spec.keep_z else None
-    return unsafe_view(y.to(spec.dtype), x.shape), kept, statistics
+    kept = reshaped_output(z.to(spec.dtype), x.shape) if spec.keep_z else None
+    return reshaped_output(y.to(spec.dtype), x.shape), kept, statistics
 
 
 def backward(
