@@ -125,3 +125,15 @@ def test_differences_beyond_the_largest_value_do_not_spoil_the_mean(backend):
     """Their variance overflows, so y is 0 where an element's own difference does not."""
     x = torch.tensor([[3e38, -3e38, 0, 0], [3e38, 1, 1, 1], [1, 3e38, 1, 1]])
     assert not layer_norm(x, 4).any()
+
+
+@pytest.mark.light(cols=[4096, 17003])
+@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("cols", [65, 768, 4096, 16384, 17003])
+def test_one_element_far_from_the_others_costs_no_accuracy(backend, cols, place):
+    x, weight = torch.randn(16, cols), torch.ones(cols)
+    x[:, place] *= 1e3
+    weight[place] = 0.01  # or its size would hide the errors of the others
+    theirs = functional.layer_norm(x, (cols,), weight)
+    exact = functional.layer_norm(x.double(), (cols,), weight.double())
+    check_rule("y", layer_norm(x, (cols,), weight), theirs, exact)

@@ -148,10 +148,29 @@ inline Compute<T> row_mean(const NormShape& s, const T* z) {
   return std::fma(sum, C(1) / kScale / static_cast<C>(s.cols), first);
 }
 
+// Where the first element stands far from the others, the mean has the rounding of its distance:
+// more than kFar deviations away, which takes more than kFar^2 columns, the mean is taken once
+// more, as an offset from what was found.
+constexpr int kFar = 8;
+
 template <class T>
-inline Compute<T> row_rstd(const NormShape& s, const T* z, Compute<T> mean) {
+inline Compute<T> row_rstd(const NormShape& s, const T* z, Compute<T>& mean) {
   using C = Compute<T>;
-  const C variance = centred_squares(z, s.cols, mean) / static_cast<C>(s.cols);
+  using V = Vec<C>;
+  const C cols = static_cast<C>(s.cols);
+  const C variance = centred_squares(z, s.cols, mean) / cols;
+  if (!s.rms && s.cols > kFar * kFar) {
+    const C distance = as_float(z[0]) - mean;
+    if (distance * distance > C(kFar * kFar) * variance && std::isfinite(variance)) {
+      const V centre = V::set1(mean);
+      const C sum = row_sum(z, s.cols, [=](V t, V v, int lanes) {
+        V d = v - centre;
+        if (lanes != V::kLanes) d = V::keep(V::Mask::first(lanes), d);
+        return t + d;
+      });
+      mean += sum / cols;  // too little to show in the variance
+    }
+  }
   return C(1) / std::sqrt(variance + static_cast<C>(s.eps));
 }
 
@@ -240,8 +259,9 @@ struct Backward {
     const T* z = static_cast<const T*>(a.z) + i * a.z_stride;
     const T* dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
     if (!a.rstd) {
-      const C mean = row_mean(s, z);
-      return {z, dy, mean, row_rstd(s, z, mean), C(0), C(0)};
+      C mean = row_mean(s, z);
+      const C rstd = row_rstd(s, z, mean);
+      return {z, dy, mean, rstd, C(0), C(0)};
     }
     const C mean = s.rms ? C(0) : static_cast<const C*>(a.mean)[i];
     return {z, dy, mean, static_cast<const C*>(a.rstd)[i], C(0), C(0)};

@@ -294,12 +294,17 @@ __global__ void __launch_bounds__(kLoopThreads) norm_fwd_loop_kernel(const FwdPa
   const int64_t row = blockIdx.x;
   const int first = threadIdx.x * N, step = kLoopThreads * N;
   GroupSum total(shared_bytes, kLoopThreads);
-  const float mean = s.rms ? 0.0f : row_mean<X, T>(p, row, threadIdx.x, true, total);
-  float z[N], square = 0.0f;
+  float mean = s.rms ? 0.0f : row_mean<X, T>(p, row, threadIdx.x, true, total);
+  float z[N], square = 0.0f, rest = 0.0f;
   for (int col = first; col < s.cols; col += step) {
     load_z<X, T>(p, row, col, z);
     square += centre(z, mean, col, s);
+#pragma unroll
+    for (int i = 0; i < N; ++i) rest += z[i];
   }
+  // Where the first element stands far from the others, the mean has the rounding of its distance.
+  const float shift = total(rest) * s.inv_cols;
+  if (!s.rms && isfinite(shift)) mean += shift;
   const float rstd = rsqrtf(total(square) * s.inv_cols + s.eps);
   if (threadIdx.x == 0) store_statistics(p, row, mean, rstd);
   for (int col = first; col < s.cols; col += step) {

@@ -27,11 +27,14 @@ def _keep(spec: NormSpec, seed: Tensor) -> Tensor:
 
 def _mean(z: Tensor) -> Tensor:
     """Of each row, as an offset from its first element: exact where all elements are equal. Scaled,
-    so that no difference of finite elements overflows."""
+    so that no difference of finite elements overflows. Then as an offset from that, for rows whose
+    first element stands far from the others."""
     scale = 2.0**-40
     first = z[:, :1].sum(1)  # 0 without columns
     offset = (z * scale - first[:, None] * scale).mean(1)
-    return torch.addcmul(first, offset, torch.full_like(offset, 1 / scale))
+    mean = torch.addcmul(first, offset, torch.full_like(offset, 1 / scale))
+    rest = (z - mean[:, None]).mean(1)
+    return mean + torch.where(rest.isfinite(), rest, 0.0)
 
 
 def forward(

@@ -154,20 +154,28 @@ def norm_fwd(
             for c in tl.static_range(CHUNKS):
                 total += _offset(pieces[c], first[:, None], c * CHUNK, cols, CHUNK, EVEN)
             mean = tl.sum(total, axis=1) * (inverse / OFFSET_SCALE) + first
-            _store_statistic(statistics, row, exists, mean, LANES)
             total = tl.zeros([ROWS, CHUNK], tl.float32)
+            rest = tl.zeros([ROWS, CHUNK], tl.float32)
             centred = ()
             for c in tl.static_range(CHUNKS):
                 value = pieces[c] - mean[:, None]
                 if not EVEN:
                     value = tl.where((c * CHUNK + tl.arange(0, CHUNK) < cols)[None, :], value, 0.0)
                 total += value * value
+                rest += value
                 centred = centred + (value,)
             pieces = centred
+            # Where the first element stands far from the others, the mean has the rounding of its
+            # distance. Not a number where differences of huge elements overflowed: none then.
+            shift = tl.sum(rest, axis=1) * inverse
+            shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+            _store_statistic(statistics, row, exists, mean + shift, LANES)
         rstd = tl.rsqrt(tl.sum(total, axis=1) * inverse + eps)
         _store_statistic(statistics + (0 if RMS else rows), row, exists, rstd, LANES)
         for c in tl.static_range(CHUNKS):
             value = pieces[c] * rstd[:, None]
+            if not RMS:
+                value -= (shift * rstd)[:, None]
             if weight is not None:
                 value *= w[c]
             if bias is not None:
@@ -186,16 +194,18 @@ def norm_fwd_wide(
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program a row. Mean and squares of the blocks are merged pairwise (Chan, Golub and
-    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979); the
-    first mean is an element of the row."""
+    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979),
+    from the first block's mean on, which is an offset from the row's first element."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     exists = row < rows
     k0, k1 = load_keys(seed) if DROPOUT else (0, 0)
     mean = 0.0
     if not RMS:
         head = _read(x, residual, y, row, x_stride, residual_stride, 0, cols,
-                     k0, k1, threshold, scale, DROPOUT, 8, False)  # fmt: skip
-        mean = tl.sum(_first(head, 8), axis=0)
+                     k0, k1, threshold, scale, DROPOUT, CHUNK, False)  # fmt: skip
+        first = tl.sum(_first(head, CHUNK), axis=0)
+        offset = tl.sum(_offset(head, first, 0, cols, CHUNK, False))
+        mean = first + offset / tl.minimum(cols, CHUNK).to(tl.float32) * (1.0 / OFFSET_SCALE)
     squares = 0.0
     for start in range(0, cols, CHUNK):
         col = start + tl.arange(0, CHUNK)
