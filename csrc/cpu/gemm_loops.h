@@ -53,7 +53,7 @@ struct Block {
 template <bool kInPlace, class T, class C = Compute<T>>
 void multiply_chunk(const GemmPlan& p, const Operand<T>& a, int part, const Block& t, int64_t k,
                     int64_t kc, const C* a_packed, const C* b_packed, const TileOutput<C>& out) {
-  constexpr int64_t kMR = Tile<C>::kRows, kNR = Tile<C>::kCols, kLine = 64 / sizeof(C);
+  constexpr int64_t kMR = Tile<C>::kRows, kNR = Tile<C>::kCols;
   const int64_t rows = t.row_end - t.row, cols = t.col_end - t.col;
   const int64_t outer = kInPlace ? rows : cols, inner = kInPlace ? cols : rows;
   // Each tile asks for its share of the next panel of B, so that it has come when its turn comes.
