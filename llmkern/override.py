@@ -20,17 +20,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import (  # private to torch
-    _get_function_stack_at,
-    _len_torch_function_stack,
-    _pop_torch_function_stack,
-    _push_on_torch_function_stack,
-)
-from torch.overrides import TorchFunctionMode
 
 from llmkern import dispatch, functional, recompute
 from llmkern.errors import LlmkernError
-from llmkern.torch_private import constant_in_graph, silu
+from llmkern.torch_private import (
+    FunctionMode,
+    constant_in_graph,
+    function_modes,
+    function_modes_known,
+    set_function_modes,
+    silu,
+)
 
 _counting = threading.Lock()  # of the module, so that a Rerouting can be copied and pickled
 
@@ -39,7 +39,7 @@ class Declined(LlmkernError):
     """The call is torch's; the text says why."""
 
 
-class Rerouting(TorchFunctionMode):
+class Rerouting(FunctionMode):
     """What `override` returns: the mode, and its counts.
 
     served: calls that ran on llmkern, by function. declined: calls that torch ran, by "function:
@@ -76,7 +76,7 @@ class Rerouting(TorchFunctionMode):
 
     def is_on(self) -> bool:
         """Whether this thread is inside the mode."""
-        return any(_get_function_stack_at(i) is self for i in range(_len_torch_function_stack()))
+        return any(mode is self for mode in function_modes())
 
     def __str__(self) -> str:
         served = ", ".join(f"{n} x {name}" for name, n in self.served.most_common())
@@ -98,8 +98,7 @@ def override() -> Rerouting:
 
 def _on() -> tuple[Rerouting, ...]:
     """The Reroutings that this thread is inside of, the innermost last."""
-    stack = (_get_function_stack_at(i) for i in range(_len_torch_function_stack()))
-    return tuple(mode for mode in stack if isinstance(mode, Rerouting))
+    return tuple(mode for mode in function_modes() if isinstance(mode, Rerouting))
 
 
 @contextlib.contextmanager
@@ -108,28 +107,21 @@ def _just(modes: tuple[Rerouting, ...]) -> Iterator[None]:
     if modes == _on():
         yield
         return
-    before = [_get_function_stack_at(i) for i in range(_len_torch_function_stack())]
-    _set_stack([*(mode for mode in before if not isinstance(mode, Rerouting)), *modes])
+    before = function_modes()
+    set_function_modes([*(mode for mode in before if not isinstance(mode, Rerouting)), *modes])
     try:
         yield
     finally:
-        _set_stack(before)
+        set_function_modes(before)
 
 
 def _recompute_alike() -> bool:
     """Have torch.utils.checkpoint recompute under the Reroutings of the forward."""
-    recompute.carry("rerouting", _on, _just, ())
+    recompute.carry("rerouting", _on, _just, (), possible=function_modes_known)
     return True
 
 
-_recompute_alike._dynamo_marked_constant = True  # as _count below: run, not traced
-
-
-def _set_stack(modes: list[TorchFunctionMode]) -> None:
-    for _ in range(_len_torch_function_stack()):
-        _pop_torch_function_stack()
-    for mode in modes:
-        _push_on_torch_function_stack(mode)
+constant_in_graph(_recompute_alike)
 
 
 def _count(counter: Counter[str], name: str, reason: str | None = None) -> None:

@@ -10,13 +10,14 @@ is called.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-# Private parts of torch: CheckpointFunction.forward(ctx, run_function, ...) keeps run_function in
-# ctx.run_function and its backward calls that; _CheckpointFrame.__init__ sets recompute_fn.
-from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
+import torch
+
+from llmkern.torch_private import CheckpointFrame, CheckpointFunction, checkpoint_known
 
 
 class _Kind(NamedTuple):
@@ -36,13 +37,25 @@ def carry(
     read: Callable[[], Any],
     under: Callable[[Any], AbstractContextManager],
     default: Any,
+    possible: bool = True,
 ) -> None:
     """Make recomputations run `under(value)` with the value that `read()` gave at the forward.
 
     Args:
         name: of this kind of state; known already, nothing is done.
         default: what `read` gives outside all contexts.
+        possible: False where `under` cannot do it with this torch. Then, and where torch's
+            checkpoint is not known, a warning says that recomputations run outside.
     """
+    if not (checkpoint_known and possible):
+        warnings.warn(
+            f"llmkern's {name} is not carried into what torch.utils.checkpoint recomputes: torch "
+            f"{torch.__version__} works in a way that is not known here. The recomputation runs "
+            "outside it, with other kernels and another dropout mask: do not use them together",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
     if not _kinds:
         _watch()
     _kinds.setdefault(name, _Kind(read, under, default))
@@ -63,11 +76,11 @@ class _RecomputeFn:
     """_CheckpointFrame.recompute_fn (use_reentrant=False): keeps the state at which it was set,
     which is when the region's forward starts."""
 
-    def __set__(self, frame: _CheckpointFrame, function: Callable) -> None:
+    def __set__(self, frame: Any, function: Callable) -> None:
         frame.__dict__["recompute_fn"] = function
         frame.__dict__["llmkern_state"] = _state()
 
-    def __get__(self, frame: _CheckpointFrame | None, owner: type | None = None) -> Any:
+    def __get__(self, frame: Any, owner: type | None = None) -> Any:
         if frame is None:
             return self
         state = frame.__dict__.get("llmkern_state", {})
@@ -93,4 +106,4 @@ def _watch() -> None:
 
     CheckpointFunction.forward = staticmethod(keep)
     CheckpointFunction.backward = staticmethod(recompute)
-    _CheckpointFrame.recompute_fn = _RecomputeFn()
+    CheckpointFrame.recompute_fn = _RecomputeFn()

@@ -26,6 +26,16 @@ nn.Module that its subclasses share (`_parameters`, `_forward_hooks` ...) are no
                                                       compiler traced
     utils._python_dispatch
         ._get_current_dispatch_mode_stack   all       all objects are searched for FLOP counters
+    _C._get_function_stack_at, _push_on
+        _, _pop_torch_function_stack        all       what is checkpointed under override() is
+                                                      recomputed outside it: a warning
+    utils.checkpoint.CheckpointFunction,
+        _CheckpointFrame                    all       the same, and under use_backend
+    utils._python_dispatch
+        .TorchDispatchMode                  all       the benchmark's gate allows no other branch
+                                                      of a ReLU than the oracle's
+    _subclasses.FakeTensor, functional_
+        tensor.FunctionalTensor             all       torch.export(strict=False) holds torch's ops
     nn.modules.module._global_*_hooks       all       as if there were hooks: no submodules fused
     _C._nn.silu                             all       F.silu alone is rerouted
     ops.aten._unsafe_view                   all       a copy
@@ -36,13 +46,16 @@ nn.Module that its subclasses share (`_parameters`, `_forward_hooks` ...) are no
 
 import gc
 import math
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 
 def find(path: str, missing: Any) -> Any:
@@ -106,6 +119,60 @@ len_dispatch_stack: Callable[[], int] = find(
 )
 len_function_stack: Callable[[], int] = find("_C._len_torch_function_stack", _maybe)
 
+_function_mode_at = find("_C._get_function_stack_at", None)
+_push_function_mode = find("_C._push_on_torch_function_stack", None)
+_pop_function_mode = find("_C._pop_torch_function_stack", None)
+
+# Whether the modes of functions that are on can be listed and replaced.
+function_modes_known = len_function_stack is not _maybe and None not in (
+    _function_mode_at,
+    _push_function_mode,
+    _pop_function_mode,
+)
+
+
+class _ListedMode(TorchFunctionMode):
+    """In place of TorchFunctionMode where torch's list cannot be read: keeps one of its own."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        _listed().append(self)
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        _listed().pop()
+        super().__exit__(*error)
+
+
+_thread = threading.local()
+
+
+def _listed() -> list[TorchFunctionMode]:
+    if not hasattr(_thread, "modes"):
+        _thread.modes = []
+    return _thread.modes
+
+
+# The class of modes that `function_modes` lists.
+FunctionMode: Any = TorchFunctionMode if function_modes_known else _ListedMode
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The modes of functions that are on in this thread, the innermost last; where torch does not
+    tell, those that are a FunctionMode."""
+    if not function_modes_known:
+        return list(_listed())
+    return [_function_mode_at(i) for i in range(len_function_stack())]
+
+
+def set_function_modes(modes: Iterable[TorchFunctionMode]) -> None:
+    """Replace them. For a torch with `function_modes_known` only."""
+    for _ in range(len_function_stack()):
+        _pop_function_mode()
+    for mode in modes:
+        _push_function_mode(mode)
+
+
 is_tracing: Callable[[], bool] = find("_C._is_tracing", torch.jit.is_tracing)  # torch.jit.trace
 
 # A context without the torch functions of modes and subclasses.
@@ -120,6 +187,44 @@ if len_dispatch_stack is not _maybe:
 
 # `forward_levels._current_level` >= 0 inside forward-mode AD: read, not called, on the hot path.
 forward_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else _ForwardLevels()
+
+
+class _NoDispatchMode:
+    """In place of TorchDispatchMode: sees no call."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+# A mode that sees each call of an operator, where there is one.
+DispatchMode: Any = find("utils._python_dispatch.TorchDispatchMode", _NoDispatchMode)
+
+# What torch.export traces modules with, strict=False.
+_FAKE = find("_subclasses.FakeTensor", None)
+_FUNCTIONAL = find("_subclasses.functional_tensor.FunctionalTensor", None)
+exported_kinds: tuple[type, ...] = tuple(k for k in (_FAKE, _FUNCTIONAL) if k is not None)
+
+# torch.utils.checkpoint: CheckpointFunction.forward(ctx, run_function, ...) keeps run_function in
+# ctx.run_function and its backward calls that; _CheckpointFrame.__init__ sets recompute_fn.
+CheckpointFunction: Any = find("utils.checkpoint.CheckpointFunction", None)
+CheckpointFrame: Any = find("utils.checkpoint._CheckpointFrame", None)
+
+
+def _names(path: str) -> tuple[str, ...]:
+    """The names that the code of a function of torch.utils.checkpoint reads or sets."""
+    return getattr(find(f"utils.checkpoint.{path}.__code__", None), "co_names", ())
+
+
+# Whether they are there and work as said.
+checkpoint_known = (
+    CheckpointFunction is not None
+    and CheckpointFrame is not None
+    and "run_function" in _names("CheckpointFunction.forward")
+    and "run_function" in _names("CheckpointFunction.backward")
+    and "recompute_fn" in _names("_CheckpointFrame.__init__")
+)
 
 # Hooks on all modules, tables that are filled and emptied in place. Callers ask for empty or not.
 _HOOKS = "nn.modules.module._global_"

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkern import numerics
 from llmkern.bench.registry import Tensors
+from llmkern.torch_private import DispatchMode
 
 
 class Near(NamedTuple):
@@ -39,7 +39,7 @@ class Moves(NamedTuple):
     positive: Tensor  # bool [N], the side that they are moved to
 
 
-class Watch(TorchDispatchMode):
+class Watch(DispatchMode):
     """Calls `visit(number, pre-activation)` for each ReLU, in the order of the forward pass.
 
     A pre-activation may be changed in place: the derivative is taken from what it is afterwards.
