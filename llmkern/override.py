@@ -12,10 +12,12 @@ recomputes there runs under the modes of its forward.
 """
 
 import contextlib
+import itertools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,11 @@ from llmkern.torch_private import (
     silu,
 )
 
-_counting = threading.Lock()  # of the module, so that a Rerouting can be copied and pickled
+# Of the module, so that a Rerouting can be copied and pickled. dynamo passes constants only to a
+# function that it runs: a Rerouting is named by a key, in the order of their making.
+_counting = threading.Lock()
+_made: "weakref.WeakValueDictionary[str, Rerouting]" = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
 
 
 class Declined(LlmkernError):
@@ -48,7 +54,17 @@ class Rerouting(FunctionMode):
 
     def __new__(cls) -> "Rerouting":  # not __init__, which a copy and a pickle go past
         _recompute_alike()
-        return super().__new__(cls)
+        mode = super().__new__(cls)
+        if not torch.compiler.is_dynamo_compiling():
+            mode._key = str(next(_numbers))  # not an int, of which dynamo may make a symbol
+            _made[mode._key] = mode
+        return mode
+
+    _key = ""  # of one that a compiled region makes, which counts nothing
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: all but the key."""
+        return {name: value for name, value in self.__dict__.items() if name != "_key"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,9 +85,9 @@ class Rerouting(FunctionMode):
         except LlmkernError as refusal:
             plain = isinstance(refusal, Declined) or not torch.compiler.is_compiling()
             reason = refusal.args[0] if plain else type(refusal).__name__  # no traced sizes in it
-            _count(self.declined, route.name, reason)
+            _count(self._key, f"{route.name}: {reason}", served=False)
             return func(*args, **kwargs)
-        _count(self.served, route.name)
+        _count(self._key, route.name, served=True)
         return output
 
     def is_on(self) -> bool:
@@ -124,11 +140,13 @@ def _recompute_alike() -> bool:
 constant_in_graph(_recompute_alike)
 
 
-def _count(counter: Counter[str], name: str, reason: str | None = None) -> None:
+def _count(key: str, what: str, served: bool) -> None:
     if torch.compiler.is_dynamo_compiling():  # traced, not run: no lock and no count in a graph
         return
-    with _counting:
-        counter[name if reason is None else f"{name}: {reason}"] += 1
+    mode = _made.get(key)
+    if mode is not None:
+        with _counting:
+            (mode.served if served else mode.declined)[what] += 1
 
 
 constant_in_graph(_count)
