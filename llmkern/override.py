@@ -36,14 +36,18 @@ from llmkern.torch_private import (
     silu,
 )
 
-_counting = threading.Lock()  # of the module, so that a Rerouting can be copied and pickled
+# Of the module, so that a Rerouting can be copied and pickled. dynamo passes constants only to a
+# function that it runs: a Rerouting is named by a key, in the order of their making.
+_counting = threading.Lock()
+_made: "weakref.WeakValueDictionary[str, Rerouting]" = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
 
 
 class Declined(LlmkernError):
     """The call is torch's; the text says why."""
 
 
-class Rerouting(TorchFunctionMode):
+class Rerouting(FunctionMode):
     """What `override` returns: the mode, and its counts.
 
     served: calls that ran on llmkern, by function. declined: calls that torch ran, by "function:
@@ -136,7 +140,7 @@ def _just(modes: tuple[Rerouting, ...]) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_stack(before)
+        set_function_modes(before)
 
 
 def _recompute_alike() -> bool:

@@ -44,13 +44,25 @@ def carry(
     read: Callable[[], Any],
     under: Callable[[Any], AbstractContextManager],
     default: Any,
+    possible: bool = True,
 ) -> None:
     """Make recomputations run `under(value)` with the value that `read()` gave at the forward.
 
     Args:
         name: of this kind of state; known already, nothing is done.
         default: what `read` gives outside all contexts.
+        possible: False where `under` cannot do it with this torch. Then, and where torch's
+            checkpoint is not known, a warning says that recomputations run outside.
     """
+    if not (checkpoint_known and possible):
+        warnings.warn(
+            f"llmkern's {name} is not carried into what torch.utils.checkpoint recomputes: torch "
+            f"{torch.__version__} works in a way that is not known here. The recomputation runs "
+            "outside it, with other kernels and another dropout mask: do not use them together",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
     if not _kinds:
         _watch()
     _kinds.setdefault(name, _Kind(read, under, default))

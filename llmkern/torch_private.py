@@ -26,6 +26,16 @@ nn.Module that its subclasses share (`_parameters`, `_forward_hooks` ...) are no
                                                       compiler traced
     utils._python_dispatch
         ._get_current_dispatch_mode_stack   all       all objects are searched for FLOP counters
+    _C._get_function_stack_at, _push_on
+        _, _pop_torch_function_stack        all       what is checkpointed under override() is
+                                                      recomputed outside it: a warning
+    utils.checkpoint.CheckpointFunction,
+        _CheckpointFrame                    all       the same, and under use_backend
+    utils._python_dispatch
+        .TorchDispatchMode                  all       the benchmark's gate allows no other branch
+                                                      of a ReLU than the oracle's
+    _subclasses.FakeTensor, functional_
+        tensor.FunctionalTensor             all       torch.export(strict=False) holds torch's ops
     nn.modules.module._global_*_hooks       all       as if there were hooks: no submodules fused
     utils._python_dispatch
         .TorchDispatchMode                  all       the benchmark's gate sees no ReLU kinks
@@ -44,6 +54,7 @@ nn.Module that its subclasses share (`_parameters`, `_forward_hooks` ...) are no
 
 import gc
 import math
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,6 +63,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 
 def find(path: str, missing: Any) -> Any:
@@ -114,6 +126,60 @@ len_dispatch_stack: Callable[[], int] = find(
     "_C._len_torch_dispatch_stack", _count_dispatch_modes if _modes else _maybe
 )
 len_function_stack: Callable[[], int] = find("_C._len_torch_function_stack", _maybe)
+
+_function_mode_at = find("_C._get_function_stack_at", None)
+_push_function_mode = find("_C._push_on_torch_function_stack", None)
+_pop_function_mode = find("_C._pop_torch_function_stack", None)
+
+# Whether the modes of functions that are on can be listed and replaced.
+function_modes_known = len_function_stack is not _maybe and None not in (
+    _function_mode_at,
+    _push_function_mode,
+    _pop_function_mode,
+)
+
+
+class _ListedMode(TorchFunctionMode):
+    """In place of TorchFunctionMode where torch's list cannot be read: keeps one of its own."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        _listed().append(self)
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        _listed().pop()
+        super().__exit__(*error)
+
+
+_thread = threading.local()
+
+
+def _listed() -> list[TorchFunctionMode]:
+    if not hasattr(_thread, "modes"):
+        _thread.modes = []
+    return _thread.modes
+
+
+# The class of modes that `function_modes` lists.
+FunctionMode: Any = TorchFunctionMode if function_modes_known else _ListedMode
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The modes of functions that are on in this thread, the innermost last; where torch does not
+    tell, those that are a FunctionMode."""
+    if not function_modes_known:
+        return list(_listed())
+    return [_function_mode_at(i) for i in range(len_function_stack())]
+
+
+def set_function_modes(modes: Iterable[TorchFunctionMode]) -> None:
+    """Replace them. For a torch with `function_modes_known` only."""
+    for _ in range(len_function_stack()):
+        _pop_function_mode()
+    for mode in modes:
+        _push_function_mode(mode)
+
 
 is_tracing: Callable[[], bool] = find("_C._is_tracing", torch.jit.is_tracing)  # torch.jit.trace
 

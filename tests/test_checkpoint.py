@@ -345,3 +345,11 @@ def test_compiled_inside_a_region(reentrant):
         layer.compile(backend="aot_eager")
     model.how = of(reentrant)
     check(gradients(model), expected)
+
+
+@pytest.mark.parametrize("enter", [llmkern.override, lambda: llmkern.use_backend("reference")])
+def test_an_unknown_checkpoint_is_warned_of(enter, monkeypatch):
+    monkeypatch.setattr(llmkern.recompute, "checkpoint_known", False)
+    with pytest.warns(RuntimeWarning, match="recomputation runs outside it"):
+        with enter():
+            pass

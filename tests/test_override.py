@@ -218,6 +218,9 @@ def test_copies_and_pickles():
         F.gelu(X)
     for copied in (copy.deepcopy(calls), pickle.loads(pickle.dumps(calls))):
         assert copied.served == {"gelu": 1}
+        with copied:
+            torch.compile(F.gelu, fullgraph=True, backend="eager")(X)
+        assert copied.served == {"gelu": 2} and calls.served == {"gelu": 1}
 
 
 def test_overhead_of_other_calls_is_small():

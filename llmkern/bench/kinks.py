@@ -39,7 +39,7 @@ class Moves(NamedTuple):
     positive: Tensor  # bool [N], the side that they are moved to
 
 
-class Watch(TorchDispatchMode):
+class Watch(DispatchMode):
     """Calls `visit(number, pre-activation)` for each ReLU, in the order of the forward pass.
 
     A pre-activation may be changed in place: the derivative is taken from what it is afterwards.
