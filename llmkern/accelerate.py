@@ -70,7 +70,7 @@ def accelerate(
 def _excluded(model: Module, exclude: str | type[Module] | Collection) -> set[int]:
     """The ids of the modules that `exclude` names, under whichever of their names, and of those
     below them."""
-    entries = [exclude] if isinstance(exclude, str | type) else list(exclude)
+    entries = [exclude] if isinstance(exclude, str | type) or exclude is None else list(exclude)
     by_name: dict[str, Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         by_name.setdefault(name, module)

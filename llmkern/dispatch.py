@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from llmkern import choice, recompute, target, tuned
 from llmkern.errors import BackendError, FallbackWarning
 from llmkern.numerics import FLOOR
-from llmkern.torch_private import compiler_traces, constant_in_graph, exported_tensors
+from llmkern.torch_private import compiler_traces, constant_in_graph, exported_kinds
 
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 NAMES = ("cpu", "triton", "cuda", "reference")
@@ -279,7 +279,7 @@ def unserved(input: Tensor, *others: Tensor | None) -> str | None:
     for tensor in (input, *others):
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter and tensor is not None:
-            if isinstance(tensor, exported_tensors) and _exporting():
+            if isinstance(tensor, exported_kinds) and _exporting():
                 continue  # stands for the plain tensor that the exported program will get
             return f"{kind.__name__} has rules of its own"
     if input.dtype not in FLOOR:

@@ -14,7 +14,6 @@ recomputes there runs under the modes of its forward.
 import contextlib
 import itertools
 import threading
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,16 +22,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from llmkern import dispatch, functional, recompute
 from llmkern.errors import LlmkernError
 from llmkern.torch_private import (
+    FunctionMode,
     constant_in_graph,
-    function_mode_at,
-    len_function_stack,
-    pop_function_mode,
-    push_function_mode,
+    function_modes,
+    function_modes_known,
+    set_function_modes,
     silu,
 )
 
@@ -56,19 +54,22 @@ class Rerouting(FunctionMode):
 
     def __new__(cls) -> "Rerouting":  # not __init__, which a copy and a pickle go past
         _recompute_alike()
-        made = super().__new__(cls)
-        made._key = _new_key()
-        if not torch.compiler.is_compiling():
-            _by_key[made._key] = made
-        return made
+        mode = super().__new__(cls)
+        if not torch.compiler.is_dynamo_compiling():
+            mode._key = str(next(_numbers))  # not an int, of which dynamo may make a symbol
+            _made[mode._key] = mode
+        return mode
+
+    _key = ""  # of one that a compiled region makes, which counts nothing
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: all but the key."""
+        return {name: value for name, value in self.__dict__.items() if name != "_key"}
 
     def __init__(self) -> None:
         super().__init__()
         self.served: Counter[str] = Counter()
         self.declined: Counter[str] = Counter()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_key"}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         route = _ROUTES.get(func)
@@ -84,20 +85,14 @@ class Rerouting(FunctionMode):
         except LlmkernError as refusal:
             plain = isinstance(refusal, Declined) or not torch.compiler.is_compiling()
             reason = refusal.args[0] if plain else type(refusal).__name__  # no traced sizes in it
-            self._count("declined", f"{route.name}: {reason}")
+            _count(self._key, f"{route.name}: {reason}", served=False)
             return func(*args, **kwargs)
-        self._count("served", route.name)
+        _count(self._key, route.name, served=True)
         return output
-
-    def _count(self, counter: str, what: str) -> None:
-        if torch.compiler.is_compiling():
-            _count_traced(self._key, counter, what)
-        else:
-            _add(getattr(self, counter), what)
 
     def is_on(self) -> bool:
         """Whether this thread is inside the mode."""
-        return any(mode is self for mode in _stack())
+        return any(mode is self for mode in function_modes())
 
     def __str__(self) -> str:
         served = ", ".join(f"{n} x {name}" for name, n in self.served.most_common())
@@ -117,16 +112,9 @@ def override() -> Rerouting:
     return Rerouting()
 
 
-def _stack() -> list[TorchFunctionMode]:
-    """All modes that this thread is inside of; none where torch does not tell."""
-    if function_mode_at is None:
-        return []
-    return [function_mode_at(i) for i in range(len_function_stack())]
-
-
 def _on() -> tuple[Rerouting, ...]:
     """The Reroutings that this thread is inside of, the innermost last."""
-    return tuple(mode for mode in _stack() if isinstance(mode, Rerouting))
+    return tuple(mode for mode in function_modes() if isinstance(mode, Rerouting))
 
 
 @contextlib.contextmanager
@@ -135,8 +123,8 @@ def _just(modes: tuple[Rerouting, ...]) -> Iterator[None]:
     if modes == _on():
         yield
         return
-    before = _stack()
-    _set_stack([*(mode for mode in before if not isinstance(mode, Rerouting)), *modes])
+    before = function_modes()
+    set_function_modes([*(mode for mode in before if not isinstance(mode, Rerouting)), *modes])
     try:
         yield
     finally:
@@ -145,50 +133,23 @@ def _just(modes: tuple[Rerouting, ...]) -> Iterator[None]:
 
 def _recompute_alike() -> bool:
     """Have torch.utils.checkpoint recompute under the Reroutings of the forward."""
-    if function_mode_at is None or pop_function_mode is None or push_function_mode is None:
-        warnings.warn(recompute.OUTSIDE.format("override"), stacklevel=4)
-    else:
-        recompute.carry("rerouting", _on, _just, ())
+    recompute.carry("rerouting", _on, _just, (), possible=function_modes_known)
     return True
 
 
 constant_in_graph(_recompute_alike)
 
 
-def _set_stack(modes: list[TorchFunctionMode]) -> None:
-    for _ in range(len_function_stack()):
-        pop_function_mode()
-    for mode in modes:
-        push_function_mode(mode)
-
-
-# A Rerouting by a text of its own, for what dynamo runs while it traces: of arguments, it takes
-# constants alone there.
-_by_key: weakref.WeakValueDictionary[str, Rerouting] = weakref.WeakValueDictionary()
-_keys = itertools.count()
-
-
-def _new_key() -> str:
-    if torch.compiler.is_dynamo_compiling():  # traced, not run
-        return ""
-    return str(next(_keys))
-
-
-def _add(counter: Counter[str], what: str) -> None:
-    with _counting:
-        counter[what] += 1
-
-
-def _count_traced(key: str, counter: str, what: str) -> None:
-    """Count a call in a compiled region; one whose Rerouting the region makes itself is not."""
+def _count(key: str, what: str, served: bool) -> None:
     if torch.compiler.is_dynamo_compiling():  # traced, not run: no lock and no count in a graph
         return
-    if key in _by_key:
-        _add(getattr(_by_key[key], counter), what)
+    mode = _made.get(key)
+    if mode is not None:
+        with _counting:
+            (mode.served if served else mode.declined)[what] += 1
 
 
-constant_in_graph(_new_key)
-constant_in_graph(_count_traced)
+constant_in_graph(_count)
 
 
 def _require(input: Tensor, *others: Tensor | None) -> None:

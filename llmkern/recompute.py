@@ -15,16 +15,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-# CheckpointFunction.forward(ctx, run_function, ...) keeps run_function in ctx.run_function, and its
-# backward calls that; CheckpointFrame.__init__ sets recompute_fn.
-from torch.utils.checkpoint import CheckpointFunction
+import torch
 
-from llmkern.torch_private import CheckpointFrame
-
-OUTSIDE = (
-    "llmkern: this torch does not show what is needed here: what torch.utils.checkpoint recomputes "
-    "in backward runs outside {}, with other kernels and other dropout masks than its forward"
-)
+from llmkern.torch_private import CheckpointFrame, CheckpointFunction, checkpoint_known
 
 
 class _Kind(NamedTuple):
@@ -80,7 +73,7 @@ def _as_in(state: _State, function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 class _RecomputeFn:
-    """CheckpointFrame.recompute_fn (use_reentrant=False): keeps the state at which it was set,
+    """_CheckpointFrame.recompute_fn (use_reentrant=False): keeps the state at which it was set,
     which is when the region's forward starts."""
 
     def __set__(self, frame: Any, function: Callable) -> None:
@@ -113,9 +106,4 @@ def _watch() -> None:
 
     CheckpointFunction.forward = staticmethod(keep)
     CheckpointFunction.backward = staticmethod(recompute)
-    if CheckpointFrame is None:
-        warnings.warn(
-            OUTSIDE.format("override and use_backend (use_reentrant=False)"), stacklevel=4
-        )
-    else:
-        CheckpointFrame.recompute_fn = _RecomputeFn()
+    CheckpointFrame.recompute_fn = _RecomputeFn()

@@ -37,14 +37,6 @@ nn.Module that its subclasses share (`_parameters`, `_forward_hooks` ...) are no
     _subclasses.FakeTensor, functional_
         tensor.FunctionalTensor             all       torch.export(strict=False) holds torch's ops
     nn.modules.module._global_*_hooks       all       as if there were hooks: no submodules fused
-    utils._python_dispatch
-        .TorchDispatchMode                  all       the benchmark's gate sees no ReLU kinks
-    _subclasses.FakeTensor,
-        .functional_tensor.FunctionalTensor all       torch.export (strict=False) holds torch's ops
-    _C._get_function_stack_at, _C._pop_...,
-        _C._push_on_torch_function_stack    all       a warning: checkpoint recomputes outside of
-                                                      override
-    utils.checkpoint._CheckpointFrame       all       the same, with use_reentrant=False
     _C._nn.silu                             all       F.silu alone is rerouted
     ops.aten._unsafe_view                   all       a copy
     ops.aten._safe_softmax                  all       softmax and a second pass over the scores
@@ -196,26 +188,43 @@ if len_dispatch_stack is not _maybe:
 # `forward_levels._current_level` >= 0 inside forward-mode AD: read, not called, on the hot path.
 forward_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else _ForwardLevels()
 
-# The stack of function modes: the one at an index, the last taken off and put on. None: unknown.
-function_mode_at: Callable[[int], Any] | None = find("_C._get_function_stack_at", None)
-pop_function_mode: Callable[[], Any] | None = find("_C._pop_torch_function_stack", None)
-push_function_mode: Callable[[Any], None] | None = find("_C._push_on_torch_function_stack", None)
 
-# A mode that sees each operator; a subclass of what stands in sees none.
-TorchDispatchMode: type = find("utils._python_dispatch.TorchDispatchMode", _NoModes)
+class _NoDispatchMode:
+    """In place of TorchDispatchMode: sees no call."""
 
-# What torch.export(strict=False) runs modules on.
-exported_tensors: tuple[type, ...] = tuple(
-    kind
-    for kind in (
-        find("_subclasses.FakeTensor", None),
-        find("_subclasses.functional_tensor.FunctionalTensor", None),
-    )
-    if kind is not None
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+# A mode that sees each call of an operator, where there is one.
+DispatchMode: Any = find("utils._python_dispatch.TorchDispatchMode", _NoDispatchMode)
+
+# What torch.export traces modules with, strict=False.
+_FAKE = find("_subclasses.FakeTensor", None)
+_FUNCTIONAL = find("_subclasses.functional_tensor.FunctionalTensor", None)
+exported_kinds: tuple[type, ...] = tuple(k for k in (_FAKE, _FUNCTIONAL) if k is not None)
+
+# torch.utils.checkpoint: CheckpointFunction.forward(ctx, run_function, ...) keeps run_function in
+# ctx.run_function and its backward calls that; _CheckpointFrame.__init__ sets recompute_fn.
+CheckpointFunction: Any = find("utils.checkpoint.CheckpointFunction", None)
+CheckpointFrame: Any = find("utils.checkpoint._CheckpointFrame", None)
+
+
+def _names(path: str) -> tuple[str, ...]:
+    """The names that the code of a function of torch.utils.checkpoint reads or sets."""
+    return getattr(find(f"utils.checkpoint.{path}.__code__", None), "co_names", ())
+
+
+# Whether they are there and work as said.
+checkpoint_known = (
+    CheckpointFunction is not None
+    and CheckpointFrame is not None
+    and "run_function" in _names("CheckpointFunction.forward")
+    and "run_function" in _names("CheckpointFunction.backward")
+    and "recompute_fn" in _names("_CheckpointFrame.__init__")
 )
-
-# A region of torch.utils.checkpoint(use_reentrant=False), whose __init__ sets recompute_fn.
-CheckpointFrame: type | None = find("utils.checkpoint._CheckpointFrame", None)
 
 # Hooks on all modules, tables that are filled and emptied in place. Callers ask for empty or not.
 _HOOKS = "nn.modules.module._global_"

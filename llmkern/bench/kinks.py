@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmkern import numerics
 from llmkern.bench.registry import Tensors
-from llmkern.torch_private import TorchDispatchMode
+from llmkern.torch_private import DispatchMode
 
 
 class Near(NamedTuple):
