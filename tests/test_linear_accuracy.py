@@ -1,7 +1,7 @@
 """float32 accuracy through a deep model, where the floor of one op hides nothing.
 
-A product whose error is 2 - 3.5 times torch's stays below the floor of 1e-6 of a single op, but
-each layer of a model adds such an error to the gradients behind it.
+A product whose error is twice torch's stays below the floor of 1e-6 of a single op, but each layer
+of a model adds such an error to the gradients behind it.
 """
 
 import copy
@@ -50,7 +50,7 @@ def deep():
 
 def _ratios(results) -> list[float]:
     """Root mean square error of each gradient, ours to torch's. A largest error hinges on one
-    element, so its ratio is twice as wide: below 1.3 in the mean it still meets 2 by chance."""
+    element, and so does the ratio of two."""
     return [_rms(a, e) / _rms(b, e) for a, b, e in zip(*results, strict=True)]
 
 
